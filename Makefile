@@ -1,0 +1,38 @@
+# Every target makes .venv when it is missing or older than pyproject.toml or constraints.txt.
+PYTHON ?= python3
+STAMP := .venv/.installed
+
+.PHONY: demo test test-slow test-shapes check bench clean
+
+demo: $(STAMP)
+	.venv/bin/modalmerge study tiny
+	@echo "report: runs/tiny/report.html"
+
+test: $(STAMP)
+	.venv/bin/python -m pytest -q
+
+test-slow: $(STAMP)
+	.venv/bin/python -m pytest -q -m slow --timeout 1800
+
+# the tests again, with the shapes and types of every annotated call checked
+test-shapes: $(STAMP)
+	.venv/bin/python -m pytest -q -m "not slow and not messages" --jaxtyping-packages=modalmerge,beartype.beartype
+
+check: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: $(STAMP)
+	.venv/bin/python bench/profile_step.py
+
+# torch goes first and alone: the pin takes the CPU build where the configured index offers one
+$(STAMP): pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints.txt torch
+	.venv/bin/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
+	find modalmerge tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
