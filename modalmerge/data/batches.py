@@ -1,0 +1,86 @@
+"""Arrays that training and evaluation read: images as bytes, texts as token ids, all of one split at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from modalmerge.data import scenes
+from modalmerge.data.text import encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairArrays:
+    """Images with their captions and questions.
+
+    Args:
+        images: uint8 [N, S, S, 3].
+        captions: int64 [N, C, T], padded by 0.
+        questions: int64 [N, K, T], padded by 0.
+        answers: class of each answer, int64 [N, K].
+    """
+
+    images: np.ndarray
+    captions: Tensor
+    questions: Tensor
+    answers: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixel_values(self, index: Sequence[int] | Tensor | slice) -> Float[Tensor, " B 3 S S"]:
+        """Return images as floats in [-1, 1] (mean and standard deviation 0.5)."""
+        picked = self.images[index.numpy() if isinstance(index, Tensor) else index]
+        return torch.from_numpy(np.ascontiguousarray(picked)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def trim(ids: Int[Tensor, " B T"]) -> tuple[Int[Tensor, " B L"], Int[Tensor, " B L"]]:
+    """Cut the columns that are padding in every row; return (ids, attention mask)."""
+    mask = ids != 0
+    length = int(mask.any(0).nonzero().max()) + 1
+    return ids[:, :length], mask[:, :length].long()
+
+
+def load_pairs(
+    split: str, tokenizer: PreTrainedTokenizerFast, *, num_scenes: int, random_seed: int, image_size: int, max_text_length: int
+) -> PairArrays:
+    """Load a split of the embedded world and tokenise all its texts.
+
+    Raises:
+        ValueError: unknown split, more scenes than it has, or an answer that is not in `scenes.ANSWERS`.
+    """
+    data = scenes.load(split, random_seed=random_seed, num_scenes=num_scenes, image_size=image_size)
+    classes = {answer: number for number, answer in enumerate(scenes.ANSWERS)}
+    answers = torch.tensor([[classes[a] for a in row] for row in data["answers"]])
+    return PairArrays(
+        images=scenes.images(data),
+        captions=_encode_lists(data["captions"], tokenizer, max_text_length),
+        questions=_encode_lists(data["questions"], tokenizer, max_text_length),
+        answers=answers,
+    )
+
+
+def _encode_lists(lists: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tensor:
+    flat = [text for texts in lists for text in texts]
+    ids, _ = encode(tokenizer, flat, max_length=max_length)
+    return ids.view(len(lists), -1, ids.shape[1])
+
+
+def step_generator(random_seed: int, step: int) -> torch.Generator:
+    """Return the generator of one training step: the same whatever was drawn before it, so that runs resume."""
+    return torch.Generator().manual_seed((random_seed * 1_000_003 + step) % 2**63)
+
+
+def step_samples(num_samples: int, batch_size: int, step: int, random_seed: int) -> Int[Tensor, " B"]:
+    """Return the samples of one step: epochs are permutations one behind the other, cut into batches."""
+    first, picked = step * batch_size, []
+    while len(picked) < batch_size:
+        epoch, offset = divmod(first + len(picked), num_samples)
+        generator = torch.Generator().manual_seed((random_seed * 7_919 + epoch) % 2**63)
+        order = torch.randperm(num_samples, generator=generator)
+        picked += order[offset : offset + batch_size - len(picked)].tolist()
+    return torch.tensor(picked)
