@@ -1,0 +1,259 @@
+"""What a modality-specific transformer looks like: sizes, and which parts every modality has for itself."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from modalmerge.registry import find
+from modalmerge.registry import unknown as unknown_name
+
+MODALITIES = ("vision", "text", "joint")
+
+# A component is what a layer can hold once per modality; its value is the modules it covers.
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    "attention": ("norm1", "attention"),
+    "ffn": ("norm2", "ffn"),
+    "norms": ("norm1", "norm2"),
+}
+
+# Named architectures: the components that every layer has per modality (the paper's names in brackets).
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "agnostic": (),  # modality-agnostic, "full sharing", the authors' `ufo`
+    "attention": ("attention",),  # "custom attention"
+    "ffn": ("ffn",),  # "custom FFN"
+    "norms": ("norms",),  # "custom LN"
+    "specific": ("attention", "ffn"),  # modality-specific, "no sharing", the authors' `all_moe`
+}
+
+HEADS = ("pooler", "contrastive", "joint_contrastive", "matching", "masked_language", "vqa")
+PRETRAINING_HEADS = ("pooler", "contrastive", "joint_contrastive", "matching", "masked_language")
+
+# Model sizes by name; image and vocabulary sizes come from the data.
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": dict(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        fusion_start=3,
+        patch_size=16,
+        drop_path=0.0,
+    ),
+    "vit-tiny": dict(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, fusion_start=10, patch_size=16
+    ),
+    "small": dict(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, fusion_start=10, patch_size=16
+    ),
+    "base": dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, fusion_start=10, patch_size=16
+    ),
+    "large": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, fusion_start=21, patch_size=16
+    ),
+}
+
+
+def expert_map(architecture: str, num_layers: int) -> list[list[str]]:
+    """Spell a named architecture out as the map layer -> components that are per modality.
+
+    Raises:
+        ValueError: `architecture` is none of `ARCHITECTURES`.
+    """
+    components = find(ARCHITECTURES, architecture, "architecture")
+    return [list(components) for _ in range(num_layers)]
+
+
+def architecture_name(experts: Sequence[Sequence[str]]) -> str:
+    """Name the architecture that an expert map spells out, or `custom` where layers or components differ."""
+    first = tuple(experts[0])
+    if any(tuple(layer) != first for layer in experts):
+        return "custom"
+    return next((name for name, parts in ARCHITECTURES.items() if set(parts) == set(first)), "custom")
+
+
+class ModalMergeConfig(PretrainedConfig):
+    """Sizes and sharing of one model; saved as `config.json` beside the weights.
+
+    Args:
+        hidden_size: width of every token, a multiple of `num_attention_heads`.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: heads per block.
+        ffn_size: inner width of the feed-forward network; 0 means four times `hidden_size`.
+        image_size: pixels per side, a multiple of `patch_size`.
+        patch_size: pixels per side of one image token.
+        vocab_size: rows of the word table.
+        max_text_length: longest text in tokens, [CLS] and [SEP] included.
+        text_position_range: longest text that the position table has rows for; VLMo and the authors: 196.
+        num_token_types: rows of the token-type table; 0 text, 1 image (2 the second image of a pair).
+        fusion_start: first layer in which text and image tokens attend to each other and the joint expert
+            works; `num_hidden_layers` means never.
+        experts: for every layer the components (`COMPONENTS`) that each modality has for itself.
+        early_attention: `separate`: before `fusion_start` a modality attends to itself only; `joint`: text
+            and image tokens attend to each other from the first layer, each through its own experts.
+        layer_scale: initial value of the factor on each residual branch (BEiT's gamma).
+        drop_path: largest stochastic-depth rate; it grows linearly from 0 at the first layer.
+        layer_norm_eps: of the blocks and the final norm.
+        heads: which of `HEADS` exist.
+        num_answers: classes of the `vqa` head; 0 without it.
+        initializer_range: standard deviation of the initial weights.
+        answers: the answer of each class of the `vqa` head, or none; the model itself does not read them.
+
+    Raises:
+        ValueError: a size that does not fit another, an unknown component, head or key.
+    """
+
+    model_type = "modalmerge"
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        ffn_size: int = 0,
+        image_size: int = 224,
+        patch_size: int = 16,
+        vocab_size: int = 30522,
+        max_text_length: int = 40,
+        text_position_range: int = 196,
+        num_token_types: int = 2,
+        fusion_start: int = 10,
+        experts: Sequence[Sequence[str]] | None = None,
+        early_attention: str = "separate",
+        layer_scale: float = 0.1,
+        drop_path: float = 0.1,
+        layer_norm_eps: float = 1e-6,
+        heads: Sequence[str] = PRETRAINING_HEADS,
+        num_answers: int = 0,
+        answers: Sequence[str] = (),
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.ffn_size = ffn_size or 4 * hidden_size
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.vocab_size = vocab_size
+        self.max_text_length = max_text_length
+        self.text_position_range = text_position_range
+        self.num_token_types = num_token_types
+        self.fusion_start = fusion_start
+        self.experts = [sorted(layer) for layer in (experts or [[] for _ in range(num_hidden_layers)])]
+        self.early_attention = early_attention
+        self.layer_scale = layer_scale
+        self.drop_path = drop_path
+        self.layer_norm_eps = layer_norm_eps
+        self.heads = list(heads)
+        self.num_answers = num_answers
+        self.answers = list(answers)
+        self.initializer_range = initializer_range
+        self._check(kwargs)
+        super().__init__(**kwargs)
+
+    def _check(self, left_over: Mapping[str, Any]) -> None:
+        unknown = sorted(set(left_over) - _TRANSFORMERS_KEYS)
+        if unknown:
+            raise unknown_name(unknown[0], _OWN_KEYS, "key of the model configuration")
+        for key in _POSITIVE:
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if len(self.experts) != self.num_hidden_layers:
+            raise ValueError(
+                f"experts names {len(self.experts)} layers, the model has {self.num_hidden_layers}"
+            )
+        for layer, components in enumerate(self.experts):
+            for component in components:
+                find(COMPONENTS, component, f"component of experts in layer {layer}")
+        if not 0 < self.fusion_start <= self.num_hidden_layers:
+            raise ValueError(
+                f"fusion_start must be in [1, {self.num_hidden_layers}], got {self.fusion_start}"
+            )
+        if self.early_attention not in ("separate", "joint"):
+            raise ValueError(f"early_attention must be 'separate' or 'joint', got {self.early_attention!r}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+        if self.max_text_length > self.text_position_range:
+            raise ValueError(
+                f"max_text_length {self.max_text_length} is above text_position_range "
+                f"{self.text_position_range}, the longest text the position table has rows for"
+            )
+        for head in self.heads:
+            if head not in HEADS:
+                raise unknown_name(head, HEADS, "head")
+        if ("vqa" in self.heads) != (self.num_answers > 0):
+            raise ValueError(
+                f"num_answers must be positive with the vqa head and 0 without it: {self.num_answers}"
+            )
+        if self.answers and len(self.answers) != self.num_answers:
+            raise ValueError(f"{len(self.answers)} answers are named, num_answers is {self.num_answers}")
+
+    @property
+    def grid_size(self) -> int:
+        """Image tokens per side, without [CLS]."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens with [CLS]."""
+        return self.grid_size**2 + 1
+
+    def modalities(self, layer: int) -> tuple[str, ...]:
+        """Modalities that have experts in `layer`: vision and text, joint too from `fusion_start` on."""
+        return MODALITIES if layer >= self.fusion_start else MODALITIES[:2]
+
+    def parts(self, layer: int) -> frozenset[str]:
+        """Modules of `layer` (norm1, attention, norm2, ffn) that each modality has for itself."""
+        return frozenset(part for component in self.experts[layer] for part in COMPONENTS[component])
+
+
+# asked of the signature, which stays the same when a shape checker wraps the function
+_OWN_KEYS = tuple(
+    name
+    for name, parameter in inspect.signature(ModalMergeConfig.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
+_POSITIVE = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_size", "image_size", "patch_size",
+    "vocab_size", "max_text_length", "num_token_types",
+)  # fmt: skip
+# Whatever transformers itself writes into or reads from a config.json.
+_TRANSFORMERS_KEYS = set(PretrainedConfig().to_dict()) | {
+    "architectures", "transformers_version", "model_type", "torch_dtype", "dtype", "name_or_path",
+    "attn_implementation", "_attn_implementation", "return_dict", "output_hidden_states", "_commit_hash",
+    "use_cache", "output_attentions",
+}  # fmt: skip
+
+
+def change_config(config: ModalMergeConfig, **changes: Any) -> ModalMergeConfig:
+    """Return a new configuration with some fields changed, checked like any other.
+
+    Raises:
+        ValueError: an unknown key, or a value that does not fit the others.
+    """
+    return ModalMergeConfig(**{**{key: getattr(config, key) for key in _OWN_KEYS}, **changes})
+
+
+def size_config(size: str, **changes: Any) -> ModalMergeConfig:
+    """Build the configuration of a named size; keyword arguments replace its fields.
+
+    `architecture` may be given instead of `experts`.
+
+    Raises:
+        ValueError: unknown size or architecture.
+    """
+    fields = {**find(SIZES, size, "model size"), **changes}
+    architecture = fields.pop("architecture", None)
+    if architecture is not None:
+        fields["experts"] = expert_map(architecture, fields["num_hidden_layers"])
+    return ModalMergeConfig(**fields)
