@@ -142,32 +142,25 @@ def open_checkpoint(source: Path) -> Checkpoint:
     if source.suffix in PICKLE_SUFFIXES:
         return _open_pickle(source)
     raise ValueError(
-        f"{source}: not a checkpoint by its name; "
-        f"readable are .safetensors, {', '.join(PICKLE_SUFFIXES)} and folders"
+        f"{source}: not a checkpoint by its name; readable are .safetensors, {', '.join(PICKLE_SUFFIXES)} and folders"
     )
 
 
 def _open_folder(folder: Path) -> Checkpoint:
     weights, index = folder / WEIGHTS, folder / INDEX
     if weights.is_file() and index.is_file():
-        raise ValueError(
-            f"{folder}: holds both {WEIGHTS} and {INDEX}; name the file that is meant or remove one"
-        )
+        raise ValueError(f"{folder}: holds both {WEIGHTS} and {INDEX}; name the file that is meant or remove one")
     if weights.is_file():
         return _open_shards(folder, {weights: None})
     if not index.is_file():
         seen = sorted(path.name for path in folder.iterdir())
         shown = ", ".join(seen[:10]) + (f" and {len(seen) - 10} more" if len(seen) > 10 else "")
-        raise ValueError(
-            f"{folder}: not a checkpoint; wanted {WEIGHTS} or {INDEX}, found {shown or 'nothing'}"
-        )
+        raise ValueError(f"{folder}: not a checkpoint; wanted {WEIGHTS} or {INDEX}, found {shown or 'nothing'}")
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         shard_of = {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index}: not an index; wanted JSON with a 'weight_map' from names to files"
-        ) from error
+        raise ValueError(f"{index}: not an index; wanted JSON with a 'weight_map' from names to files") from error
     shards: dict[Path, set[str] | None] = {}
     for shard in sorted(set(shard_of.values())):
         # links inside the folder are followed (hub caches are made of them), a path out of it is an attack
@@ -175,9 +168,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         if path.is_absolute() or ".." in path.parts or "\\" in shard:
             raise ValueError(f"{index}: names the file {shard!r} outside its folder; refused")
         if not (folder / shard).is_file():
-            raise ValueError(
-                f"{index}: names the file {shard!r}, which is missing; fetch the checkpoint again"
-            )
+            raise ValueError(f"{index}: names the file {shard!r}, which is missing; fetch the checkpoint again")
         shards[folder / shard] = {name for name, its_shard in shard_of.items() if its_shard == shard}
     return _open_shards(folder, shards)
 
@@ -191,9 +182,7 @@ def _open_shards(source: Path, shards: Mapping[Path, set[str] | None]) -> Checkp
         if promised is not None and promised != set(header):
             name = sorted(promised.symmetric_difference(header))[0]
             where = (
-                "promised by the index but not in the file"
-                if name in promised
-                else "in the file but not in the index"
+                "promised by the index but not in the file" if name in promised else "in the file but not in the index"
             )
             raise ValueError(f"{path}: tensor {name!r} is {where}; fetch the checkpoint again")
         try:
@@ -222,9 +211,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     with path.open("rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise ValueError(
-                f"{path}: {num_bytes} bytes are too few for a safetensors file; was it cut short?"
-            )
+            raise ValueError(f"{path}: {num_bytes} bytes are too few for a safetensors file; was it cut short?")
         header_bytes = int.from_bytes(prefix, "little")
         if header_bytes > num_bytes - 8:
             raise ValueError(
@@ -240,13 +227,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             }
             end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: the safetensors header is broken ({type(error).__name__}: {error})"
-            ) from error
+            raise ValueError(f"{path}: the safetensors header is broken ({type(error).__name__}: {error})") from error
     if end > num_bytes - 8 - header_bytes:
         raise ValueError(
-            f"{path}: cut short: the tensors take {end} bytes, "
-            f"{num_bytes - 8 - header_bytes} are there; fetch it again"
+            f"{path}: cut short: the tensors take {end} bytes, {num_bytes - 8 - header_bytes} are there; fetch it again"
         )
     return infos
 
@@ -257,8 +241,7 @@ def _open_pickle(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: refused: it holds more than tensors, and reading that could run code "
-            f"({_asked_for(error)})"
+            f"{path}: refused: it holds more than tensors, and reading that could run code ({_asked_for(error)})"
         ) from error
     except (
         RuntimeError,
@@ -289,17 +272,13 @@ def _unwrap(path: Path, content: Any) -> Mapping[str, Any]:
     holds_tensors = any(isinstance(value, Tensor) for value in content.values())
     if len(wrappers) + holds_tensors > 1:
         places = [*wrappers, *(["its top level"] if holds_tensors else [])]
-        raise ValueError(
-            f"{path}: tensors may be in {' and '.join(places)}; save the one that is meant by itself"
-        )
+        raise ValueError(f"{path}: tensors may be in {' and '.join(places)}; save the one that is meant by itself")
     if wrappers:
         inner: Mapping[str, Any] = content[wrappers[0]]
         return inner
     if not holds_tensors:
         seen = ", ".join(map(repr, list(content)[:10])) or "nothing"
-        raise ValueError(
-            f"{path}: holds no tensors; wanted them by name or under {', '.join(WRAPPERS)}, found {seen}"
-        )
+        raise ValueError(f"{path}: holds no tensors; wanted them by name or under {', '.join(WRAPPERS)}, found {seen}")
     return content
 
 
@@ -400,14 +379,13 @@ def _partial_name(target: Path) -> Path:
 def _name_disk(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:  # the latter is what its writer makes of a full disk
         parent = target.parent
         while not parent.exists():
             parent = parent.parent
         free = shutil.disk_usage(parent).free
         raise ValueError(
-            f"{target} could not be written: {error}; {free / 2**20:,.1f} MiB are free there; "
-            "nothing was left behind"
+            f"{target} could not be written: {error}; {free / 2**20:,.1f} MiB are free there; nothing was left behind"
         ) from error
 
 
@@ -455,9 +433,7 @@ def write_safetensors(
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = read(name)
-            assert (tensor.dtype, tuple(tensor.shape)) == tuple(infos[name]), (
-                f"{name} is not what the header says"
-            )
+            assert (tensor.dtype, tuple(tensor.shape)) == tuple(infos[name]), f"{name} is not what the header says"
             _write_values(stream, tensor)
 
 

@@ -166,9 +166,7 @@ def to_json(record: Any, *, indent: int | None = None) -> str:
     Returns:
         The text; equal records give equal text.
     """
-    return json.dumps(
-        dataclasses.asdict(record), sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False
-    )
+    return json.dumps(dataclasses.asdict(record), sort_keys=True, indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def from_json(text: str, record_type: type[Record]) -> Record:
@@ -339,6 +337,4 @@ def _check_at_least(record: Any, name: str, least: int) -> None:
 
 def _check_schema(record: Any, schema: int) -> None:
     if record.schema != schema:
-        raise ValueError(
-            f"{type(record).__name__}: schema {record.schema} is not {schema}, which this version uses"
-        )
+        raise ValueError(f"{type(record).__name__}: schema {record.schema} is not {schema}, which this version uses")

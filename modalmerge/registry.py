@@ -36,9 +36,7 @@ def unknown(name: str, known: Iterable[str], kind: str) -> ValueError:
     names = sorted(known)
     if not names:
         return ValueError(f"unknown {kind} {name!r}; none is known")
-    return ValueError(
-        f"unknown {kind} {name!r}; nearest: {nearest(name, names)!r}; known: {', '.join(names)}"
-    )
+    return ValueError(f"unknown {kind} {name!r}; nearest: {nearest(name, names)!r}; known: {', '.join(names)}")
 
 
 def find(table: Mapping[str, T], name: str, kind: str) -> T:
