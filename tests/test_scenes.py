@@ -65,8 +65,8 @@ def test_same_bytes_as_recorded() -> None:
 
 
 def test_answers_and_splits_are_as_documented() -> None:
-    assert len(scenes.ANSWERS) == len(set(scenes.ANSWERS)) == 31
-    assert sum(scene_text.QUESTION_TYPES.values()) == 31
+    assert len(scenes.ANSWERS) == len(set(scenes.ANSWERS)) == 29
+    assert sum(scene_text.QUESTION_TYPES.values()) == 29
     assert scenes.SPLITS == {"pretrain": 40_000, "finetune": 8_000, "validation": 1_000, "test": 1_000}
 
 
@@ -373,11 +373,11 @@ def test_questions_have_one_right_answer(gallery: list[scenes.Scene]) -> None:
                 )
                 absent.append(colour in colours and shape in shapes)
     for kind, weight in scene_text.QUESTION_TYPES.items():
-        assert types[kind] == pytest.approx(4000 * weight / 31, rel=0.12), kind
+        assert types[kind] == pytest.approx(4000 * weight / 29, rel=0.12), kind
     assert 0.4 < np.mean(absent) < 0.75  # a random absent pair is now and then plausible too
 
 
-def test_every_constant_answer_is_right_about_once_in_31(gallery: list[scenes.Scene]) -> None:
+def test_every_constant_answer_is_right_about_once_in_29(gallery: list[scenes.Scene]) -> None:
     shares = Counter(given for scene in gallery for given in scene.answers)
     assert set(shares) == set(scenes.ANSWERS)
     for given, count in shares.items():

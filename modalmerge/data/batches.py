@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modalmerge.data import scenes
 from modalmerge.data.text import encode
+from modalmerge.registry import find
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,13 @@ def trim(ids: Int[Tensor, " B T"]) -> tuple[Int[Tensor, " B L"], Int[Tensor, " B
 
 
 def load_pairs(
-    split: str, tokenizer: PreTrainedTokenizerFast, *, num_scenes: int, random_seed: int, image_size: int, max_text_length: int
+    split: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    num_scenes: int,
+    random_seed: int,
+    image_size: int,
+    max_text_length: int,
 ) -> PairArrays:
     """Load a split of the embedded world and tokenise all its texts.
 
@@ -55,7 +62,7 @@ def load_pairs(
     """
     data = scenes.load(split, random_seed=random_seed, num_scenes=num_scenes, image_size=image_size)
     classes = {answer: number for number, answer in enumerate(scenes.ANSWERS)}
-    answers = torch.tensor([[classes[a] for a in row] for row in data["answers"]])
+    answers = torch.tensor([[find(classes, answer, "answer") for answer in row] for row in data["answers"]])
     return PairArrays(
         images=scenes.images(data),
         captions=_encode_lists(data["captions"], tokenizer, max_text_length),
@@ -77,7 +84,8 @@ def step_generator(random_seed: int, step: int) -> torch.Generator:
 
 def step_samples(num_samples: int, batch_size: int, step: int, random_seed: int) -> Int[Tensor, " B"]:
     """Return the samples of one step: epochs are permutations one behind the other, cut into batches."""
-    first, picked = step * batch_size, []
+    first = step * batch_size
+    picked: list[int] = []
     while len(picked) < batch_size:
         epoch, offset = divmod(first + len(picked), num_samples)
         generator = torch.Generator().manual_seed((random_seed * 7_919 + epoch) % 2**63)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANSWERS", "SPLITS", "WORLD_VERSION", "Scene", "draw", "images", "load", "render", "write_sheet"]
 
-WORLD_VERSION = 1  # raise it with every change to what is drawn: it is part of the key of a cached split
+WORLD_VERSION = 2  # raise it with every change to what is drawn: it is part of the key of a cached split
 SPLITS = {"pretrain": 40_000, "finetune": 8_000, "validation": 1_000, "test": 1_000}
 SPLIT_NUMBERS = {"pretrain": 0, "finetune": 1, "validation": 2, "test": 3}
 
@@ -48,8 +48,6 @@ RGB_OF_COLOUR = {
     "blue": (38, 74, 226),
     "yellow": (244, 226, 40),
     "purple": (134, 44, 178),
-    "orange": (246, 134, 20),
-    "cyan": (40, 214, 222),
     "pink": (252, 138, 196),
 }
 RGB_OF_BACKGROUND = {
@@ -58,9 +56,15 @@ RGB_OF_BACKGROUND = {
     "sky": (170, 194, 222),
     "grass": (112, 140, 92),
     "night": (44, 44, 62),
+    "snow": (234, 238, 244),
+    "earth": (134, 98, 70),
+    "sea": (70, 122, 136),
 }
-RADIUS_OF_SIZE = {"small": (112, 144), "large": (176, 224)}  # canvas units; 14-18, 22-28 pixels across at 64
+RADIUS_OF_SIZE = {"small": (128, 140), "large": (188, 204)}  # canvas units; 16-17.5, 23.5-25.5 pixels across at 64
 EDGE = 8  # gap between an object and the border of the canvas
+# Centres lie near a 3 x 3 lattice. With centres anywhere a small transformer learns colours, but no shapes, in the
+# minutes that a demonstration has: trained to name the shapes, `nano` finds 56 % of them after 600 steps, here 88 %.
+LATTICE, JITTER = (171, 512, 853), 12  # thirds of the canvas, and the most a centre is off: 0.75 of 64 pixels
 STRIPE = 80  # period of stripes and of dots: 5 of 64 pixels
 COLOUR_JITTER = 10
 
@@ -128,15 +132,10 @@ def draw(random_seed: int, split: str, index: int, *, image_size: int = 64) -> S
 
 
 def _draw_objects(draws: Draws) -> tuple[Object, ...]:
-    count = draws.between(2, 4)
+    # Every colour and every shape once: each object is known by either alone, so that every type of question is
+    # possible in every scene.
+    count = draws.between(2, 3)
     colours, shapes = draws.sample(COLOURS, count), draws.sample(SHAPES, count)
-    # Only among four may two share a colour or a shape, so two objects are always known by either alone:
-    # every type of question is possible in every scene, twice where a scene may get it twice.
-    if count == 4:
-        if draws.chance(50):
-            shapes[3] = shapes[2]
-        if draws.chance(50):
-            colours[3] = colours[draws.below(2)]
     # Sizes are drawn once: drawing them again for a full canvas would make large objects rarer.
     sizes = [draws.pick(SIZES) for _ in range(count)]
     radii = [draws.between(*RADIUS_OF_SIZE[size]) for size in sizes]
@@ -155,8 +154,9 @@ def _place(draws: Draws, radii: Sequence[int]) -> list[tuple[int, int, int]] | N
     done: list[tuple[int, int, int]] = []
     for radius in radii:
         for _ in range(20):
-            x = draws.between(radius + EDGE, CANVAS - radius - EDGE)
-            y = draws.between(radius + EDGE, CANVAS - radius - EDGE)
+            least, most = radius + EDGE, CANVAS - radius - EDGE
+            x, y = (draws.pick(LATTICE) + draws.between(-JITTER, JITTER) for _ in range(2))
+            x, y = min(max(x, least), most), min(max(y, least), most)
             # Centres at least 0.8 of the touching distance apart.
             if all(25 * ((x - a) ** 2 + (y - b) ** 2) >= 16 * (radius + r) ** 2 for a, b, r in done):
                 done.append((x, y, radius))
@@ -200,7 +200,23 @@ def _polygon(
     return inside
 
 
+def _shrunk(inside: npt.NDArray[np.bool_], cells: int) -> npt.NDArray[np.bool_]:
+    """Return what is more than `cells` cells inside, counted along the axes and diagonals in turn."""
+    for step in range(cells):
+        kept = inside.copy()
+        for axis in (0, 1):
+            kept &= np.roll(inside, 1, axis) & np.roll(inside, -1, axis)
+        if step % 2:
+            for down, across in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+                kept &= np.roll(inside, (down, across), (0, 1))
+        inside = kept
+    return inside
+
+
 OUTLINES = {shape: _outline(shape) for shape in SHAPES}
+# A dark rim, 1 to 1.5 of 64 pixels wide, shows the shape alike for every colour and background.
+INTERIORS = {shape: _shrunk(outline, 7) for shape, outline in OUTLINES.items()}
+INK = (24, 24, 28)
 
 
 def render(objects: Sequence[Object], background: str, *, image_size: int, key: int) -> npt.NDArray[np.uint8]:
@@ -256,8 +272,9 @@ def _paint_object(draws: Draws, picture: npt.NDArray[np.int16], thing: Object, i
     right, bottom = min(right + 1, image_size), min(bottom + 1, image_size)
     across = _cells(left, right, thing.x, thing.radius, image_size)
     down = _cells(top, bottom, thing.y, thing.radius, image_size)
-    inside = OUTLINES[thing.shape][down[:, None], across[None, :]].view(np.uint8)
-    cover = inside[0::2, 0::2] + inside[1::2, 0::2] + inside[0::2, 1::2] + inside[1::2, 1::2]  # 0 to 4
+    cover, interior = (
+        _cover(grids[thing.shape][down[:, None], across[None, :]].view(np.uint8)) for grids in (OUTLINES, INTERIORS)
+    )
 
     paint = np.array(tone, dtype=np.int16)
     if thing.texture != "plain":
@@ -273,7 +290,14 @@ def _paint_object(draws: Draws, picture: npt.NDArray[np.int16], thing: Object, i
             marked = (x % STRIPE - STRIPE // 2) ** 2 + (y % STRIPE - STRIPE // 2) ** 2 < 22 * 22
             paint = np.where(marked[:, :, None], light, paint)
     window = picture[top:bottom, left:right]
-    window += ((paint - window) * cover.astype(np.int16)[:, :, None] + 2) >> 2
+    window += ((np.array(INK, dtype=np.int16) - window) * cover + 2) >> 2
+    window += ((paint - window) * interior + 2) >> 2
+
+
+def _cover(inside: npt.NDArray[np.uint8]) -> npt.NDArray[np.int16]:
+    """Count the points of each pixel that are inside: int16 [height, width, 1], 0 to 4."""
+    count = inside[0::2, 0::2] + inside[1::2, 0::2] + inside[0::2, 1::2] + inside[1::2, 1::2]
+    return count.astype(np.int16)[:, :, None]
 
 
 def _cells(start: int, stop: int, centre: int, radius: int, image_size: int) -> npt.NDArray[np.int_]:

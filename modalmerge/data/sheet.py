@@ -41,9 +41,7 @@ def _page(scenes: "Sequence[Scene]") -> str:
         source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         captions = "".join(f"<li>{html.escape(caption)}</li>" for caption in scene.captions)
         pairs = zip(scene.questions, scene.answers, strict=True)
-        asked = "".join(
-            f"<li>{html.escape(asked)}? <b>{html.escape(answer)}</b></li>" for asked, answer in pairs
-        )
+        asked = "".join(f"<li>{html.escape(asked)}? <b>{html.escape(answer)}</b></li>" for asked, answer in pairs)
         articles.append(
             f'<article><img alt="{html.escape(scene.captions[0])}" src="{source}">'
             f"<div><ul>{captions}</ul><ul>{asked}</ul></div></article>"

@@ -155,9 +155,7 @@ def mask_words(
     every = torch.arange(vocab_size, device=device)
     allowed = every[~torch.isin(every, special)]
     if len(allowed) == 0:
-        raise ValueError(
-            f"mask_words: all {vocab_size} ids are special; give the size of the whole vocabulary"
-        )
+        raise ValueError(f"mask_words: all {vocab_size} ids are special; give the size of the whole vocabulary")
 
     open_ = (word_index >= 0) & (attention_mask != 0) & ~torch.isin(input_ids, special)
     word = word_index.clamp(min=0)

@@ -33,25 +33,20 @@ PRETRAINING_HEADS = ("pooler", "contrastive", "joint_contrastive", "matching", "
 # Model sizes by name; image and vocabulary sizes come from the data.
 SIZES: dict[str, dict[str, Any]] = {
     "nano": dict(
-        hidden_size=128,
+        hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
         fusion_start=3,
-        patch_size=16,
+        patch_size=24,
         drop_path=0.0,
+        layer_scale=1.0,  # BEiT's 0.1 is for depth; with it four layers learn four times slower
+        position_initializer_range=1.0,  # large enough that heads tell positions apart from the first step
+        initializer_range=0.1,  # about 1 / sqrt(hidden_size); 0.02 is that for a width of 2,500
     ),
-    "vit-tiny": dict(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, fusion_start=10, patch_size=16
-    ),
-    "small": dict(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, fusion_start=10, patch_size=16
-    ),
-    "base": dict(
-        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, fusion_start=10, patch_size=16
-    ),
-    "large": dict(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, fusion_start=21, patch_size=16
-    ),
+    "vit-tiny": dict(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, fusion_start=10, patch_size=16),
+    "small": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, fusion_start=10, patch_size=16),
+    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, fusion_start=10, patch_size=16),
+    "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, fusion_start=21, patch_size=16),
 }
 
 
@@ -98,6 +93,8 @@ class ModalMergeConfig(PretrainedConfig):
         heads: which of `HEADS` exist.
         num_answers: classes of the `vqa` head; 0 without it.
         initializer_range: standard deviation of the initial weights.
+        position_initializer_range: standard deviation of the initial position table; 0 in the source. From 0 an entry
+            moves by at most the learning rate in a step, so that order is learned late in a short training.
         answers: the answer of each class of the `vqa` head, or none; the model itself does not read them.
 
     Raises:
@@ -129,6 +126,7 @@ class ModalMergeConfig(PretrainedConfig):
         num_answers: int = 0,
         answers: Sequence[str] = (),
         initializer_range: float = 0.02,
+        position_initializer_range: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.hidden_size = hidden_size
@@ -151,6 +149,7 @@ class ModalMergeConfig(PretrainedConfig):
         self.num_answers = num_answers
         self.answers = list(answers)
         self.initializer_range = initializer_range
+        self.position_initializer_range = position_initializer_range
         self._check(kwargs)
         super().__init__(**kwargs)
 
@@ -163,22 +162,17 @@ class ModalMergeConfig(PretrainedConfig):
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
             )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if len(self.experts) != self.num_hidden_layers:
-            raise ValueError(
-                f"experts names {len(self.experts)} layers, the model has {self.num_hidden_layers}"
-            )
+            raise ValueError(f"experts names {len(self.experts)} layers, the model has {self.num_hidden_layers}")
         for layer, components in enumerate(self.experts):
             for component in components:
                 find(COMPONENTS, component, f"component of experts in layer {layer}")
         if not 0 < self.fusion_start <= self.num_hidden_layers:
-            raise ValueError(
-                f"fusion_start must be in [1, {self.num_hidden_layers}], got {self.fusion_start}"
-            )
+            raise ValueError(f"fusion_start must be in [1, {self.num_hidden_layers}], got {self.fusion_start}")
         if self.early_attention not in ("separate", "joint"):
             raise ValueError(f"early_attention must be 'separate' or 'joint', got {self.early_attention!r}")
         if not 0 <= self.drop_path < 1:
@@ -192,9 +186,7 @@ class ModalMergeConfig(PretrainedConfig):
             if head not in HEADS:
                 raise unknown_name(head, HEADS, "head")
         if ("vqa" in self.heads) != (self.num_answers > 0):
-            raise ValueError(
-                f"num_answers must be positive with the vqa head and 0 without it: {self.num_answers}"
-            )
+            raise ValueError(f"num_answers must be positive with the vqa head and 0 without it: {self.num_answers}")
         if self.answers and len(self.answers) != self.num_answers:
             raise ValueError(f"{len(self.answers)} answers are named, num_answers is {self.num_answers}")
 

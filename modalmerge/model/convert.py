@@ -282,9 +282,7 @@ def resize_image(
         source="tensors to resize",
     )
     new = change_config(config, image_size=image_size)
-    table = positions.resize_table(
-        tensors["position_bias_table"], old_grid=config.grid_size, new_grid=new.grid_size
-    )
+    table = positions.resize_table(tensors["position_bias_table"], old_grid=config.grid_size, new_grid=new.grid_size)
     return {**tensors, "position_bias_table": table}, new
 
 
@@ -293,9 +291,7 @@ def names(config: ModalMergeConfig) -> dict[str, str]:
     spelled = {}
     for template, layer, expert in _entries(config):
         theirs = f".{AUTHORS_EXPERTS[expert[1:]]}" if expert else ""
-        spelled[template.format(layer=layer, expert=expert)] = NAMES[template].format(
-            layer=layer, expert=theirs
-        )
+        spelled[template.format(layer=layer, expert=expert)] = NAMES[template].format(layer=layer, expert=theirs)
     return spelled
 
 
@@ -306,9 +302,7 @@ def expected_shapes(config: ModalMergeConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def check_fit(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], *, source: str
-) -> None:
+def check_fit(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], *, source: str) -> None:
     """Refuse tensors that are not exactly those that a model has.
 
     Args:
@@ -389,9 +383,7 @@ def _grid(num_rows: int, text_range: int) -> int:
 
 def _heads(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Find the heads by any of their tensors; a head that is only half there fails as missing later."""
-    present = {
-        ours.split(".")[1] for ours, theirs in NAMES.items() if ours.startswith("heads.") and theirs in shapes
-    }
+    present = {ours.split(".")[1] for ours, theirs in NAMES.items() if ours.startswith("heads.") and theirs in shapes}
     return [head for head in HEADS if head in present]
 
 
@@ -436,7 +428,5 @@ def _fusion_start(experts: Sequence[Sequence[str]], joint_layers: set[int], give
     start = given if given is not None else usual if first <= usual <= last else last
     if not first <= start <= last:
         allowed = str(first) if first == last else f"{first} to {last}"
-        raise ValueError(
-            f"fusion_start {start} contradicts the joint experts (.vl.), which ask for {allowed}"
-        )
+        raise ValueError(f"fusion_start {start} contradicts the joint experts (.vl.), which ask for {allowed}")
     return start

@@ -108,9 +108,7 @@ class Layer(nn.Module):
             New states of each segment, [B, Q, D].
         """
         assert read is None or len(segments) == 1
-        projected = [
-            self.expert("attention", m)(self.expert("norm1", m)(hidden), read=read) for m, hidden in segments
-        ]
+        projected = [self.expert("attention", m)(self.expert("norm1", m)(hidden), read=read) for m, hidden in segments]
         query, key, value = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in zip(*projected, strict=True))
         mask = bias if read is None else take_rows(bias, read)
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -226,6 +224,7 @@ class ModalMergeModel(PreTrainedModel):
     """
 
     config_class = ModalMergeConfig
+    config: ModalMergeConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["Layer"]  # noqa: RUF012 (transformers declares it)
@@ -268,7 +267,7 @@ class ModalMergeModel(PreTrainedModel):
         elif isinstance(module, ImageEmbeddings):
             nn.init.trunc_normal_(module.cls_token, std=std)
         elif isinstance(module, ModalMergeModel):
-            nn.init.zeros_(module.position_bias_table)
+            nn.init.normal_(module.position_bias_table, std=self.config.position_initializer_range)
             module.position_index.copy_(
                 positions.joint_index(
                     self.config.max_text_length, self.config.grid_size, self.config.text_position_range
@@ -286,9 +285,7 @@ class ModalMergeModel(PreTrainedModel):
             ValueError: the model was built without it.
         """
         if name not in self.heads:
-            raise ValueError(
-                f"the model has no head {name!r}, only {', '.join(self.heads)}; name it in config.heads"
-            )
+            raise ValueError(f"the model has no head {name!r}, only {', '.join(self.heads)}; name it in config.heads")
         return self.heads[name]
 
     def position_bias(self, layers: range, *, text_length: int, image: bool) -> list[Tensor]:
@@ -444,9 +441,7 @@ def _joint_mask(text: Prefix, image: Prefix) -> Tensor | None:
     if text.mask is None and image.mask is None:
         return None
     masks = [
-        prefix.hidden.new_ones(prefix.hidden.shape[:2], dtype=torch.bool)
-        if prefix.mask is None
-        else prefix.mask
+        prefix.hidden.new_ones(prefix.hidden.shape[:2], dtype=torch.bool) if prefix.mask is None else prefix.mask
         for prefix in (text, image)
     ]
     return torch.cat(masks, 1)

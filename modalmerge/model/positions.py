@@ -32,9 +32,7 @@ def image_index(grid_size: int) -> Int[Tensor, " query key"]:
     side = torch.arange(grid_size)
     row, column = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
     width = 2 * grid_size - 1
-    offset = (row[:, None] - row[None] + grid_size - 1) * width + (
-        column[:, None] - column[None] + grid_size - 1
-    )
+    offset = (row[:, None] - row[None] + grid_size - 1) * width + (column[:, None] - column[None] + grid_size - 1)
     return _with_cls(offset, num_image_rows(grid_size))
 
 
@@ -42,9 +40,7 @@ def text_index(length: int, grid_size: int, text_range: int) -> Int[Tensor, " qu
     """Row for every pair of text tokens, [CLS] first; int64, `length` on a side, at most `text_range`."""
     position = torch.arange(length - 1)
     distance = position[None] - position[:, None]  # key minus query, as in VLMo
-    return _with_cls(
-        distance + text_range - 2 + num_image_rows(grid_size) + 2, num_rows(grid_size, text_range)
-    )
+    return _with_cls(distance + text_range - 2 + num_image_rows(grid_size) + 2, num_rows(grid_size, text_range))
 
 
 def joint_index(length: int, grid_size: int, text_range: int) -> Int[Tensor, " query key"]:
@@ -79,8 +75,7 @@ def resize_table(
     num_offsets = (2 * old_grid - 1) ** 2
     if len(table) < num_offsets + 3:
         raise ValueError(
-            f"position table has {len(table)} rows, a {old_grid}x{old_grid} image alone needs "
-            f"{num_offsets + 3}"
+            f"position table has {len(table)} rows, a {old_grid}x{old_grid} image alone needs {num_offsets + 3}"
         )
     if old_grid == new_grid:
         return table.clone()
