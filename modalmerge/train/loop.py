@@ -1,0 +1,279 @@
+"""The training loop: Lightning's Trainer over batches that depend on the step alone, so that a run resumes exactly."""
+
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from modalmerge.data.batches import step_generator
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_LEAST = dict(
+    num_steps=1, batch_size=2, random_seed=0, weight_decay=0, head_rate_factor=0, clip_norm=0, checkpoint_steps=0
+)
+CHECKPOINT = "last.ckpt"
+
+# (step, number of steps, losses of the step by name)
+Report = Callable[[int, int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How one stage is trained: AdamW, linear warm-up, linear decay to zero.
+
+    Args:
+        num_steps: optimiser steps.
+        batch_size: samples per step.
+        learning_rate: the highest.
+        random_seed: decides samples, captions, masks, negatives and dropout of every step.
+        warmup_fraction: share of the steps in which the learning rate rises, in [0, 1).
+        weight_decay: of all but norms, biases and position tables.
+        betas: of AdamW; (0.9, 0.98) is the source's.
+        head_rate_factor: factor on the learning rate of classifier heads (`vqa`).
+        clip_norm: largest norm of the gradient; 0: not clipped, as in the source.
+        precision: one of `PRECISIONS`.
+        accelerator: Lightning's; `cpu` gives the same numbers on the same machine.
+        checkpoint_steps: a checkpoint to resume from after so many steps; 0: none.
+    """
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    random_seed: int = 0
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    head_rate_factor: float = 1.0
+    clip_norm: float = 0.0
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    checkpoint_steps: int = 200
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"training: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.random_seed >= 2**40:  # times a million it still seeds torch
+            raise ValueError(f"training: random_seed must be below 2**40, got {self.random_seed}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"training: betas must be two numbers in [0, 1), got {list(self.betas)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"training: learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"training: warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"training: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+def train(
+    model: nn.Module,
+    *,
+    settings: TrainSettings,
+    make_batch: Callable[[int], Any],
+    losses: Callable[[Any, torch.Generator], Mapping[str, Tensor]],
+    folder: Path,
+    report: Report | None = None,
+    show_bar: bool = False,
+) -> list[dict[str, int | float]]:
+    """Train a model in place; go on from `folder`'s checkpoint where there is one.
+
+    Args:
+        make_batch: step -> batch; equal steps must give equal batches.
+        losses: (batch, generator of the step) -> losses by name, `loss` being the one to minimise.
+        folder: takes the checkpoint and the TensorBoard log.
+        report: called after every step.
+        show_bar: Lightning's progress bar, for a terminal.
+
+    Returns:
+        For every step `step`, `learning_rate` and the losses, those before an interruption included.
+
+    Raises:
+        ValueError: the loss is not finite, the checkpoint is of a run with other settings, or there is no such
+            accelerator here.
+        KeyboardInterrupt: as usual; the checkpoint stays.
+    """
+    _quieten_lightning()
+    module = _Module(model, settings, losses, report)
+    checkpoint = folder / CHECKPOINT
+    start = module.steps_done(checkpoint) if checkpoint.exists() else 0
+    if start >= settings.num_steps:
+        raise ValueError(
+            f"{checkpoint} is at step {start}, the run has {settings.num_steps}; remove it to start afresh"
+        )
+    # on standard error: standard output may be read by a program
+    bar = RichProgressBar(console_kwargs={"stderr": True})
+    callbacks: list[lightning.Callback] = [bar] if show_bar else []
+    if settings.checkpoint_steps:
+        callbacks.append(_SaveCheckpoint(checkpoint, settings.checkpoint_steps))
+    precision: Any = settings.precision  # checked by TrainSettings; Lightning wants a literal
+    try:
+        trainer = lightning.Trainer(
+            accelerator=settings.accelerator,
+            devices=1,
+            precision=precision,
+            max_steps=settings.num_steps,
+            max_epochs=-1,
+            callbacks=callbacks,
+            logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
+            log_every_n_steps=10,
+            enable_checkpointing=False,
+            enable_progress_bar=show_bar,
+            enable_model_summary=False,
+            gradient_clip_val=settings.clip_norm or None,
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        raise ValueError(f"training: accelerator {settings.accelerator!r}: {error}") from error
+    loader = DataLoader(_Steps(make_batch, start, settings.num_steps), batch_size=None)
+    model.train()
+    try:
+        trainer.fit(module, loader, ckpt_path=checkpoint if start else None, weights_only=True)
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has it ignored, and exits by itself
+        raise KeyboardInterrupt from None
+    model.eval()
+    return module.curve
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Split parameters by weight decay (none on norms, biases, position tables) and learning rate (heads apart).
+
+    Source: the authors' groups. Departure: their list misses the per-modality norms (`norm1.v.weight`), which
+    then decay; here no norm does.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        free = words[-1] in ("bias", "q_bias", "v_bias", "position_bias_table") or any("norm" in w for w in words)
+        factor = settings.head_rate_factor if words[:2] == ["heads", "vqa"] else 1.0
+        groups.setdefault((0.0 if free else settings.weight_decay, factor), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr": settings.learning_rate * factor}
+        for (decay, factor), parameters in groups.items()
+    ]
+
+
+def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Factor on the learning rate in `step` (from 0): up linearly from the first step, then down to 0 at the end."""
+    warmup = max(1, round(warmup_fraction * num_steps))
+    return min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup))
+
+
+class _Module(lightning.LightningModule):
+    def __init__(self, model: nn.Module, settings: TrainSettings, losses: Callable, report: Report | None) -> None:
+        super().__init__()
+        self.model, self.settings, self.losses, self.report = model, settings, losses, report
+        self.curve: list[dict[str, int | float]] = []
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        step = self.global_step
+        # Dropout draws from the global generator: set it from the step, so that a resumed run draws the same.
+        torch.manual_seed(self.settings.random_seed * 1_000_003 + step)
+        values = self.losses(batch, step_generator(self.settings.random_seed, step))
+        numbers = {name: value.item() for name, value in values.items()}
+        if not math.isfinite(numbers["loss"]):
+            raise ValueError(f"the loss is {numbers['loss']} at step {step} ({numbers}); lower learning_rate")
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.curve.append({"step": step, "learning_rate": rate, **numbers})
+        self.log_dict({f"train/{name}": number for name, number in numbers.items()})
+        if self.report is not None:
+            self.report(step + 1, self.settings.num_steps, numbers)
+        return values["loss"]
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.model, self.settings)
+        # Lightning clips no mixed-precision gradients before a fused step, which undoes their scaling itself
+        fused = not (self.settings.clip_norm and self.settings.precision != "32-true")
+        optimizer = torch.optim.AdamW(groups, betas=self.settings.betas, fused=fused)
+        steps, warmup = self.settings.num_steps, self.settings.warmup_fraction
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["curve"] = self.curve
+        checkpoint["settings"] = repr(self.settings)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.curve = list(checkpoint["curve"])
+
+    def steps_done(self, path: Path) -> int:
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        if content["settings"] != repr(self.settings):
+            raise ValueError(
+                f"{path} was written by a run with other settings:\n  there {content['settings']}\n  now   "
+                f"{self.settings!r}\nremove it to start afresh, or give the settings it was started with"
+            )
+        return content["global_step"]
+
+
+class _Steps(IterableDataset):
+    def __init__(self, make_batch: Callable[[int], Any], start: int, stop: int) -> None:
+        self.make_batch, self.start, self.stop = make_batch, start, stop
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.make_batch(step) for step in range(self.start, self.stop))
+
+
+class _SaveCheckpoint(lightning.Callback):
+    """Keep one checkpoint; it is replaced as a whole, so a kill while writing leaves the one before."""
+
+    def __init__(self, path: Path, every_steps: int) -> None:
+        self.path, self.every_steps = path, every_steps
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every_steps == 0 and trainer.global_step < trainer.max_steps:
+            partial = self.path.with_suffix(".partial")
+            try:
+                trainer.save_checkpoint(partial)
+                os.replace(partial, self.path)
+            except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+                partial.unlink(missing_ok=True)
+                free = shutil.disk_usage(self.path.parent).free
+                raise ValueError(
+                    f"cannot write the checkpoint {self.path} ({free / 1e6:.0f} MB are free): {error}. Make room and "
+                    f"give the same command again; it goes on from the checkpoint before"
+                ) from error
+
+
+def plain_report(name: str, write: Callable[[str], None], *, every_seconds: float = 30.0) -> Report:
+    """Report progress as plain lines: one every so many seconds, and the last step."""
+    began = last = time.monotonic()
+    first_step: int | None = None
+
+    def report(step: int, num_steps: int, losses: Mapping[str, float]) -> None:
+        nonlocal last, first_step
+        first_step = step if first_step is None else first_step
+        now = time.monotonic()
+        if now - last < every_seconds and step < num_steps:
+            return
+        last = now
+        left = (now - began) / max(1, step - first_step) * (num_steps - step)
+        write(f"{name}: step {step} of {num_steps}, loss {losses['loss']:.3f}, {left:.0f} s left")
+
+    return report
+
+
+def _quieten_lightning() -> None:
+    # It announces accelerators and suggests data-loader workers; batches here are slices of arrays.
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*dataloader.*num_workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # its own use of torch
