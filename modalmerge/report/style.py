@@ -1,0 +1,151 @@
+"""The page's style sheet and script."""
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #fdfdfb; --panel: #f3f3ee; --ink: #1d1f23; --muted: #62666e; --line: #d9d9d2; --accent: #0b5c92;
+  --agnostic: #3f6fa8; --specific: #8463b0; --naive: #cf5a1c; --recipe: #0a8a64; --recipe-2: #57b396;
+  --other: #85888f; --right: #0b7a3e; --wrong: #b3261e; --notice: #fdf3d7;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --paper: #15171a; --panel: #1f2226; --ink: #e8e8e4; --muted: #a2a6ad; --line: #383c42; --accent: #7cbcf0;
+    --agnostic: #6fa4e3; --specific: #b598e2; --naive: #f58a4b; --recipe: #2ec596; --recipe-2: #8fe0c5;
+    --other: #989ca4; --right: #6fd695; --wrong: #ff938a; --notice: #3a3217;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "Noto Sans", Roboto, sans-serif;
+}
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .25rem; letter-spacing: -.01em; }
+h2 { font-size: 1.35rem; line-height: 1.25; margin: 3rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
+p, .prose li { max-width: 46rem; }
+.subtitle, .note, figcaption { color: var(--muted); }
+.note, figcaption { font-size: .9rem; }
+a { color: var(--accent); }
+code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .85em; }
+pre {
+  background: var(--panel); padding: .75rem 1rem; border-radius: 6px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.missing { background: var(--notice); padding: .75rem 1rem; border-radius: 6px; max-width: 46rem; }
+.missing ul { margin: .25rem 0 0; padding-left: 1.25rem; }
+.facts {
+  list-style: none; padding: 0; display: grid; gap: .75rem;
+  grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr));
+}
+.facts li { border-left: 4px solid var(--fact, var(--line)); padding: .1rem 0 .1rem .8rem; }
+.facts b { display: block; font-size: 1.6rem; line-height: 1.2; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .75rem 0; min-width: 40%; }
+th, td { padding: .45rem 0 .45rem 1.1rem; text-align: left; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { padding-left: 0; }
+thead th { vertical-align: bottom; font-weight: 600; font-size: .88rem; border-bottom: 2px solid var(--ink); }
+tbody th { font-weight: 600; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+thead th.number { white-space: normal; min-width: 7.5rem; }
+td .small, th .small { display: block; color: var(--muted); font-size: .82rem; font-weight: 400; }
+td a.trace { color: inherit; text-decoration: none; font-weight: 600; }
+td a.trace { border-bottom: 1px dotted var(--muted); }
+td a.trace:hover, td a.trace:focus { color: var(--accent); }
+.swatch { display: inline-block; width: .7em; height: .7em; margin-right: .45em; border-radius: 2px; }
+.charts {
+  display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+}
+figure { margin: 0; min-width: 0; }
+.chart { width: 100%; }
+.samples {
+  display: grid; gap: 1.75rem 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr));
+}
+.sample { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 1rem; align-items: start; }
+.sample img { width: 9rem; height: auto; border-radius: 4px; border: 1px solid var(--line); }
+.sample dl { margin: 0; font-size: .88rem; line-height: 1.4; }
+.sample dt { font-weight: 600; margin-top: .5rem; }
+.sample dt:first-child { margin-top: 0; }
+.sample dd { margin: 0 0 0 .1rem; }
+.sample ol { margin: 0; padding-left: 1.3rem; }
+.right { color: var(--right); }
+.wrong { color: var(--wrong); }
+.who { color: var(--muted); }
+details { margin: .75rem 0; }
+summary { cursor: pointer; font-weight: 600; }
+#cells table { font-size: .8rem; }
+#cells td { padding-top: .25rem; padding-bottom: .25rem; }
+#cells td code { overflow-wrap: anywhere; }
+#cells td.id, #cells td.command { min-width: 12rem; }
+#cells tr.hidden { display: none; }
+footer { margin-top: 3.5rem; border-top: 1px solid var(--line); }
+@media screen and (max-width: 48rem) {
+  tbody th[scope="row"], thead th:first-child { position: sticky; left: 0; background: var(--paper); }
+}
+@media (max-width: 34rem) {
+  body { padding: 1.25rem .9rem 3rem; }
+  h1 { font-size: 1.6rem; }
+  .sample { grid-template-columns: 6.5rem minmax(0, 1fr); }
+  .sample img { width: 6.5rem; }
+}
+@media print {
+  :root { --paper: #fff; }
+  body { max-width: none; padding: 0; font-size: 9pt; }
+  .scroll { overflow: visible; }
+  th, td { padding-left: .6rem; }
+  thead th.number { min-width: 0; }
+  #cells table { font-size: 5pt; }
+  #cells th, #cells td { padding: .1rem; min-width: 0 !important; overflow-wrap: anywhere; }
+  .charts { grid-template-columns: 330px 330px; }
+  h2 { break-after: avoid; margin-top: 1.5rem; }
+  figure, .sample, tr, .facts li { break-inside: avoid; }
+  .samples { grid-template-columns: 1fr 1fr; }
+  .sample { grid-template-columns: 6rem minmax(0, 1fr); }
+  .sample img { width: 6rem; }
+  #show-all { display: none; }
+}
+"""
+
+SCRIPT = """
+"use strict";
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const config = {displaylogo: false, responsive: true, displayModeBar: false};
+  const coloured = (value, style) => {
+    if (typeof value === "string" && value.startsWith("--")) return style.getPropertyValue(value).trim();
+    if (Array.isArray(value)) return value.map((item) => coloured(item, style));
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, coloured(item, style)]));
+  };
+  const draw = () => {
+    const style = getComputedStyle(document.documentElement);
+    const print = matchMedia("print").matches;
+    for (const [id, figure] of Object.entries(figures)) {
+      const {data, layout} = coloured(figure, style);
+      // paper is laid out before a chart could measure its place: it gets its width from here
+      const place = document.getElementById(id);
+      const width = print ? (place.closest(".charts") ? 330 : 680) : undefined;
+      Plotly.react(id, data, {...layout, width}, config);
+    }
+  };
+  draw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  matchMedia("print").addEventListener("change", draw);
+
+  const rows = document.querySelectorAll("#cells tbody tr");
+  const cells = document.getElementById("cells");
+  const all = document.getElementById("show-all");
+  const show = (wanted) => {
+    rows.forEach((row, index) => row.classList.toggle("hidden", wanted !== null && !wanted.has(index)));
+    all.hidden = wanted === null;
+  };
+  all.addEventListener("click", () => show(null));
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a.trace");
+    if (!link) return;
+    show(new Set(link.dataset.cells.split(" ").map(Number)));
+    cells.open = true;
+  });
+})();
+"""

@@ -1,0 +1,474 @@
+"""Bring the cells of a study to a few numbers: means over random seeds, intervals, gains."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from modalmerge.records import Cell
+
+# key -> (title, stage, task, metric)
+COLUMNS = {
+    "zero-shot retrieval": ("Zero-shot retrieval, mean recall %", "zero-shot", "retrieval", "recall_mean"),
+    "fine-tuned retrieval": ("Fine-tuned retrieval, mean recall %", "fine-tuned", "retrieval", "recall_mean"),
+    "fine-tuned vqa": ("Fine-tuned VQA, accuracy %", "fine-tuned", "vqa", "accuracy"),
+}
+# measured for the untrained control alone: without fine-tuning nothing else has an answer head
+EXTRA_COLUMNS = {"zero-shot vqa": ("VQA without fine-tuning, accuracy %", "zero-shot", "vqa", "accuracy")}
+
+# (role, method) that every study has; nothing was merged in the first two
+MAIN_ROWS = (
+    ("agnostic", ""),
+    ("specific", ""),
+    ("naive", "interpolation"),
+    ("recipe", "interpolation"),
+    ("recipe", "arithmetic"),
+)
+CONTROLS = {
+    "untrained": "Untrained",
+    "scratch": "Fine-tuned from scratch",
+    "text-only": "Text only (images hidden)",
+    "image-only": "Image only (texts hidden)",
+}
+RECALL_DEPTHS = (1, 5, 10)
+RECALLS = tuple(f"{way}_recall_{depth}" for way in ("text", "image") for depth in RECALL_DEPTHS)
+NO_SETTINGS = ("control", "chance")  # keys of `settings` that set nothing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Number:
+    """A mean over random seeds.
+
+    Args:
+        mean: of `values`.
+        half_width: half the width of the 95 % t-interval of the mean; None for a single random seed.
+        values: one per random seed.
+        random_seeds: of `values`, ascending.
+        cells: ids of the cells that `values` come from.
+        parameters: of the model behind the first cell.
+    """
+
+    mean: float
+    half_width: float | None
+    values: tuple[float, ...]
+    random_seeds: tuple[int, ...]
+    cells: tuple[str, ...]
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a model lies between naive merging (0) and the baseline (100), in percent; past both ends too.
+
+    Args:
+        value: from the means over the random seeds that all three have.
+        low, high: smallest and largest of the random seeds taken one by one; None where the baseline of one
+            of them is not above naive merging.
+        num_seeds: how many random seeds all three have.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    num_seeds: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model.
+
+    Args:
+        name: for people.
+        role, method: as in the cells.
+        control: name of the control, "" for the models of the study itself.
+        settings: name of a setting to its different values, in the order in which they were met.
+        parameters: of the model in the first column that has a number (heads differ between tasks), or None.
+        numbers: column key to number; columns that were not measured are left out.
+        gains: column key to the mean difference to naive merging, paired over random seeds.
+        positions: column key to position; not for naive merging and the baseline.
+        chance: column key to what guessing would reach, where that is known (untrained control alone).
+        recalls: stage to metric to number, for recall at 1, 5 and 10 both ways.
+        distances: metric to distance between the experts, where the cells hold it as one number.
+    """
+
+    name: str
+    role: str
+    method: str
+    control: str
+    settings: dict[str, list[Any]]
+    parameters: int | None
+    numbers: dict[str, Number]
+    gains: dict[str, Number]
+    positions: dict[str, Position]
+    chance: dict[str, float]
+    recalls: dict[str, dict[str, Number]]
+    distances: dict[str, Number]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a study found; `dataclasses.asdict` of it is ready for JSON.
+
+    Args:
+        columns: column key to title.
+        random_seeds: every random seed of the study.
+        rows: the models, those of `MAIN_ROWS` always, even when nothing was measured yet.
+        controls: rows of the controls that were measured.
+        missing: what was not measured (yet), one sentence part each.
+        num_cells: how many cells there are, those of other splits included.
+    """
+
+    columns: dict[str, str]
+    random_seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+    controls: tuple[Row, ...]
+    missing: tuple[str, ...]
+    num_cells: int
+
+
+def summarise(cells: Sequence[Cell], *, random_seeds: Iterable[int] = ()) -> Summary:
+    """Average the test cells over random seeds and compare them with naive merging.
+
+    Args:
+        cells: of one study, in any order; any part of them, or none, is fine.
+        random_seeds: those that the study was asked for, so that one without a cell counts as missing; those
+            of the cells need not be named.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: two different cells give the same number of the same model, so that no mean can be told.
+    """
+    cells = unique(cells)
+    tested = [cell for cell in cells if cell.split == "test"]
+    seeds = tuple(sorted({*random_seeds, *(cell.random_seed for cell in tested)}))
+    groups: dict[tuple[str, str, str], list[Cell]] = {_key(role, method): [] for role, method in MAIN_ROWS}
+    groups |= {_key("other", "", control): [] for control in CONTROLS}
+    for cell in tested:
+        key = _key(cell.role, cell.method, str(cell.settings.get("control", "")))
+        groups.setdefault(key, []).append(cell)
+    order = [*dict.fromkeys(role for role, _ in MAIN_ROWS), "other"]
+    rows = []
+    for key in sorted(groups, key=lambda key: order.index(key[0])):  # stable: methods stay in their order
+        for variant, members in _variants(groups[key]):
+            rows.append(_row(key, variant, members))
+    by_key = {_key(row.role, row.method, row.control): row for row in reversed(rows)}
+    naive, baseline = by_key[_key("naive", "interpolation")], by_key[_key("agnostic", "")]
+    rows = [_compared(row, naive, baseline) for row in rows]
+    return Summary(
+        columns={key: title for key, (title, *_) in COLUMNS.items()},
+        random_seeds=seeds,
+        rows=tuple(row for row in rows if not row.control),
+        controls=tuple(row for row in rows if row.control and row.numbers),
+        missing=tuple(_missing(rows, seeds)),
+        num_cells=len(cells),
+    )
+
+
+def unique(cells: Iterable[Cell]) -> list[Cell]:
+    """Drop cells that were written twice.
+
+    Raises:
+        ValueError: two cells with one id differ in their value.
+    """
+    kept: dict[str, Cell] = {}
+    for cell in cells:
+        first = kept.setdefault(cell.id, cell)
+        if first.value != cell.value:
+            raise ValueError(
+                f"cell {cell.id!r} was measured twice, as {first.value} and {cell.value}; remove one of its "
+                f"lines from cells.jsonl"
+            )
+    return list(kept.values())
+
+
+def average(cells: Iterable[Cell]) -> Number:
+    """Average cells that differ in their random seed alone.
+
+    Args:
+        cells: at least one, each of another random seed.
+
+    Returns:
+        Mean and 95 % t-interval.
+
+    Raises:
+        ValueError: two cells are of one random seed.
+    """
+    ordered = sorted(cells, key=lambda cell: cell.random_seed)
+    _refuse_clash(ordered)
+    return _number(
+        {cell.random_seed: float(cell.value) for cell in ordered},
+        [cell.id for cell in ordered],
+        ordered[0].parameters,
+    )
+
+
+def averages(cells: Iterable[Cell]) -> dict[tuple[str, str, str], Number]:
+    """Average the cells of one model by (stage, task, metric)."""
+    groups: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.stage, cell.task, cell.metric].append(cell)
+    return {key: average(members) for key, members in groups.items()}
+
+
+def t_quantile(degrees: int) -> float:
+    """Compute the 0.975 quantile of Student's t, the factor of a two-sided 95 % interval.
+
+    Args:
+        degrees: degrees of freedom, at least 1.
+
+    Returns:
+        The quantile, to about 12 digits.
+
+    Source:
+        Abramowitz and Stegun 1964, 26.7.3 and 26.7.4: for whole degrees of freedom the probability within
+        (-t, t) is a finite sum in the angle atan(t / sqrt(degrees)); here inverted by bisection.
+    """
+    if degrees < 1:
+        raise ValueError(f"t_quantile: degrees must be at least 1, got {degrees}; one value has no interval")
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _probability_within(middle, degrees) < 0.95:
+            low = middle
+        else:
+            high = middle
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def retrieval_chance(num_images: int, num_captions: int) -> float:
+    """Compute the mean recall of a random order, in percent.
+
+    Args:
+        num_images: images to choose from.
+        num_captions: captions to choose from, the same number of each image.
+
+    Returns:
+        Mean over both ways and the depths 1, 5 and 10.
+    """
+    of_others = num_captions - num_captions // num_images
+    shares = []
+    for depth in RECALL_DEPTHS:
+        shares.append(min(1.0, depth / num_images))
+        drawn = min(depth, num_captions)
+        shares.append(1 - math.comb(of_others, drawn) / math.comb(num_captions, drawn))
+    return 100 * statistics.fmean(shares)
+
+
+def _probability_within(angle: float, degrees: int) -> float:
+    cosine, sine = math.cos(angle), math.sin(angle)
+    odd = degrees % 2
+    term, total = (cosine, cosine) if odd else (1.0, 1.0)
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * cosine * cosine
+        total += term
+    if not odd:
+        return sine * total
+    return 2 / math.pi * (angle + (sine * total if degrees > 1 else 0.0))
+
+
+def _number(by_seed: Mapping[int, float], ids: Iterable[str], parameters: int) -> Number:
+    values = tuple(by_seed.values())
+    half_width = None
+    if len(values) > 1:
+        half_width = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Number(
+        mean=statistics.fmean(values),
+        half_width=half_width,
+        values=values,
+        random_seeds=tuple(by_seed),
+        cells=tuple(ids),
+        parameters=parameters,
+    )
+
+
+def _key(role: str, method: str, control: str = "") -> tuple[str, str, str]:
+    """Tell models apart: merged ones by method, controls by name."""
+    if control:
+        return ("other", "", control)
+    return (role, method if role in ("naive", "recipe", "other") else "", "")
+
+
+def _variants(cells: list[Cell]) -> list[tuple[str, list[Cell]]]:
+    """Split a model's cells where one random seed has a number twice, by what differs between them."""
+    if not _clash(cells):
+        return [("", cells)]
+    aspects = [_aspects(cell) for cell in cells]
+    differing = [name for name in aspects[0] if len({aspect.get(name) for aspect in aspects}) > 1]
+    differing += sorted({name for aspect in aspects for name in aspect} - set(aspects[0]))
+    groups: dict[str, list[Cell]] = defaultdict(list)
+    for cell, aspect in zip(cells, aspects, strict=True):
+        groups[", ".join(f"{name} {aspect[name]}" for name in differing if name in aspect)].append(cell)
+    for members in groups.values():
+        _refuse_clash(members)
+    return list(groups.items())
+
+
+def _refuse_clash(cells: Iterable[Cell]) -> None:
+    if clash := _clash(cells):
+        first, second = clash
+        raise ValueError(
+            f"cells {first.id!r} and {second.id!r} give the same number of one model ({first.role}, "
+            f"{first.stage} {first.task} {first.metric}, random seed {first.random_seed}); "
+            f"remove one of their lines from cells.jsonl"
+        )
+
+
+def _aspects(cell: Cell) -> dict[str, str]:
+    fixed = {name: str(getattr(cell, name)) for name in ("dataset", "architecture", "initialisation")}
+    settings = {name: _plain(value) for name, value in cell.settings.items() if name not in NO_SETTINGS}
+    return fixed | {"base_fraction": str(cell.base_fraction)} | settings
+
+
+def _clash(cells: Iterable[Cell]) -> list[Cell]:
+    seen: dict[tuple[str, str, str, int], Cell] = {}
+    for cell in cells:
+        first = seen.setdefault((cell.stage, cell.task, cell.metric, cell.random_seed), cell)
+        if first is not cell:
+            return [first, cell]
+    return []
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _row(key: tuple[str, str, str], variant: str, cells: list[Cell]) -> Row:
+    role, method, control = key
+    found = averages(cells)
+    columns = COLUMNS | EXTRA_COLUMNS if control == "untrained" else COLUMNS
+    numbers = {
+        column: found[stage, task, metric]
+        for column, (_, stage, task, metric) in columns.items()
+        if (stage, task, metric) in found
+    }
+    settings: dict[str, list[Any]] = {}
+    for cell in cells:
+        for name, value in cell.settings.items():
+            if name not in NO_SETTINGS and value not in settings.setdefault(name, []):
+                settings[name].append(value)
+    recalls: dict[str, dict[str, Number]] = {}
+    for (stage, _, metric), number in found.items():
+        if metric in RECALLS:
+            recalls.setdefault(stage, {})[metric] = number
+    name = _name(role, method, control)
+    return Row(
+        name=f"{name} ({variant})" if variant else name,
+        role=role,
+        method=method,
+        control=control,
+        settings=settings,
+        parameters=next((number.parameters for number in numbers.values()), None),
+        numbers=numbers,
+        gains={},
+        positions={},
+        chance=_chance(cells) if control == "untrained" else {},
+        recalls=recalls,
+        distances=_distances(cells),
+    )
+
+
+def _name(role: str, method: str, control: str) -> str:
+    if control:
+        return CONTROLS.get(control, control)
+    if role == "agnostic":
+        return "Modality-agnostic (baseline)"
+    if role == "specific":
+        return "Modality-specific"
+    if role == "naive":
+        return "Naive merging" if method == "interpolation" else f"Naive merging, {method}"
+    return f"{role.capitalize()}, {method}"
+
+
+def _chance(cells: list[Cell]) -> dict[str, float]:
+    """Read what guessing reaches from the cells, or work it out from the number of images and captions."""
+    chance = {}
+    sizes = {}
+    for cell in cells:
+        for column, (_, *wanted) in (COLUMNS | EXTRA_COLUMNS).items():
+            if [cell.stage, cell.task, cell.metric] == wanted and "chance" in cell.settings:
+                chance[column] = float(cell.settings["chance"])
+        if (cell.stage, cell.task) == ("zero-shot", "retrieval"):
+            sizes[cell.metric] = cell.num_samples
+    column = "zero-shot retrieval"
+    if column not in chance and {"text_recall_1", "image_recall_1"} <= set(sizes):
+        chance[column] = retrieval_chance(sizes["text_recall_1"], sizes["image_recall_1"])
+    return chance
+
+
+def _distances(cells: list[Cell]) -> dict[str, Number]:
+    """Average the distances over random seeds; the cells of one random seed repeat them."""
+    first: dict[str, dict[int, Cell]] = {}
+    for cell in cells:
+        for metric, value in cell.distances.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                first.setdefault(metric, {}).setdefault(cell.random_seed, cell)
+    numbers = {}
+    for metric, by_seed in first.items():
+        ordered = sorted(by_seed.items())
+        values = {seed: float(cell.distances[metric]) for seed, cell in ordered}
+        numbers[metric] = _number(values, [cell.id for _, cell in ordered], ordered[0][1].parameters)
+    return numbers
+
+
+def _compared(row: Row, naive: Row, baseline: Row) -> Row:
+    """Add gains over naive merging and positions between it and the baseline."""
+    if row.control or row is naive:
+        return row
+    gains, positions = {}, {}
+    for column, number in row.numbers.items():
+        if column not in naive.numbers:
+            continue
+        own, low = _by_seed(number), _by_seed(naive.numbers[column])
+        paired = {seed: own[seed] - low[seed] for seed in own if seed in low}
+        if paired:
+            ids = [*number.cells, *naive.numbers[column].cells]
+            gains[column] = _number(paired, ids, number.parameters)
+        if row is not baseline and column in baseline.numbers:
+            position = _position(own, low, _by_seed(baseline.numbers[column]))
+            if position:
+                positions[column] = position
+    return dataclasses.replace(row, gains=gains, positions=positions)
+
+
+def _by_seed(number: Number) -> dict[int, float]:
+    return dict(zip(number.random_seeds, number.values, strict=True))
+
+
+def _position(own: dict[int, float], low: dict[int, float], high: dict[int, float]) -> Position | None:
+    seeds = [seed for seed in own if seed in low and seed in high]
+    reach = [high[seed] - low[seed] for seed in seeds]
+    if not seeds or sum(reach) <= 0:
+        return None
+    gained = [own[seed] - low[seed] for seed in seeds]
+    each = [100 * part / whole for part, whole in zip(gained, reach, strict=True) if whole > 0]
+    complete = len(each) == len(seeds)
+    return Position(
+        value=100 * sum(gained) / sum(reach),
+        low=min(each) if complete else None,
+        high=max(each) if complete else None,
+        num_seeds=len(seeds),
+    )
+
+
+def _missing(rows: list[Row], random_seeds: tuple[int, ...]) -> list[str]:
+    missing = []
+    for row in rows:
+        if row.control:
+            if not row.numbers and row.control in CONTROLS:
+                missing.append(f"control: {row.name}")
+            continue
+        for column, (title, *_) in COLUMNS.items():
+            number = row.numbers.get(column)
+            if number is None:
+                missing.append(f"{row.name}: {title}")
+                continue
+            absent = [str(seed) for seed in random_seeds if seed not in number.random_seeds]
+            if absent:
+                seeds = "random seed" if len(absent) == 1 else "random seeds"
+                missing.append(f"{row.name}: {title}, {seeds} {', '.join(absent)}")
+    return missing

@@ -1,0 +1,400 @@
+"""What a study's jobs do. Each runs in a process of its own, writes one folder and leaves its cells there."""
+
+import base64
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from modalmerge.checkpoint import atomic_folder
+from modalmerge.data import scenes
+from modalmerge.data.batches import PairArrays, load_pairs
+from modalmerge.data.text import scenes_tokenizer
+from modalmerge.evaluate import evaluate, hide
+from modalmerge.layouts import load_layout
+from modalmerge.merge.apply import merge_tensors
+from modalmerge.model import (
+    ModalMergeConfig,
+    ModalMergeModel,
+    architecture_name,
+    change_config,
+    expert_map,
+    load,
+    size_config,
+)
+from modalmerge.records import CELL_SCHEMA, Cell, Result
+from modalmerge.study.plan import HIDDEN, ROWS, Job, Row
+from modalmerge.study.presets import Preset
+from modalmerge.tasks import TASKS
+from modalmerge.train.loop import Report
+from modalmerge.train.stages import (
+    finetune,
+    initial_model,
+    model_from,
+    pretrain,
+    start_experts,
+    with_task_head,
+)
+
+CELLS, CURVE, PREDICTIONS, STEPS, MODEL = (
+    "cells.json",
+    "curve.json",
+    "predictions.json",
+    "steps.json",
+    "model",
+)
+PROGRESS = "progress.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a job knows beside itself.
+
+    Args:
+        run: folder of the study.
+        preset: its settings.
+        commit: version of the code.
+        command: what to type to get the numbers again.
+        num_threads: torch threads of a job.
+    """
+
+    run: Path
+    preset: Preset
+    commit: str
+    command: str
+    num_threads: int
+
+    def folder(self, job_id: str) -> Path:
+        """Where the finished job's files are."""
+        return self.run / "jobs" / job_id
+
+    def scratch(self, job_id: str) -> Path:
+        """Where an unfinished job keeps its checkpoint."""
+        return self.run / "partial" / job_id
+
+
+def run_job(job: Job, context: Context) -> str:
+    """Run one job unless its folder is there; return its id."""
+    torch.set_num_threads(context.num_threads)
+    target, scratch = context.folder(job.id), context.scratch(job.id)
+    if not target.exists():
+        scratch.mkdir(parents=True, exist_ok=True)
+        KINDS[job.kind](job, context, scratch)
+        assert target.exists(), f"job {job.id} left no folder"
+    shutil.rmtree(scratch, ignore_errors=True)
+    return job.id
+
+
+# -- data ---------------------------------------------------------------------------------------------------
+
+
+def split_data(preset: Preset, split: str) -> PairArrays:
+    """Load one split as arrays; validation keeps one caption an image, for it only selects coefficients."""
+    return _split_data(split, preset.num_scenes[split], preset.data_seed, preset.image_size, preset.max_text_length)
+
+
+@functools.lru_cache(maxsize=4)
+def _split_data(split: str, num_scenes: int, data_seed: int, image_size: int, max_text_length: int) -> PairArrays:
+    data = load_pairs(
+        split,
+        scenes_tokenizer(),
+        num_scenes=num_scenes,
+        random_seed=data_seed,
+        image_size=image_size,
+        max_text_length=max_text_length,
+    )
+    return dataclasses.replace(data, captions=data.captions[:, :1]) if split == "validation" else data
+
+
+def prepare_data(job: Job, context: Context, scratch: Path) -> None:
+    """Draw all splits into the cache."""
+    for split, count in context.preset.num_scenes.items():
+        scenes.load(
+            split,
+            num_scenes=count,
+            random_seed=context.preset.data_seed,
+            image_size=context.preset.image_size,
+        )
+    with atomic_folder(context.folder(job.id)) as folder:
+        _write_json(folder / STEPS, {"steps": 0})
+
+
+# -- models -------------------------------------------------------------------------------------------------
+
+
+def model_config(preset: Preset, architecture: str) -> ModalMergeConfig:
+    """Return the configuration of the study's model."""
+    return size_config(
+        preset.size,
+        architecture=architecture,
+        image_size=preset.image_size,
+        max_text_length=preset.max_text_length,
+        vocab_size=len(scenes_tokenizer()),
+        **preset.model,
+    )
+
+
+def pretrain_model(job: Job, context: Context, scratch: Path) -> None:
+    """Pre-train a model, from fresh weights or a seed."""
+    preset, arguments = context.preset, job.arguments
+    name, architecture, steps = arguments["model"], arguments["architecture"], arguments["num_steps"]
+    start, before = arguments.get("start"), 0
+    config = model_config(preset, architecture)
+    settings = dataclasses.replace(preset.pretraining, num_steps=steps, random_seed=_stage_seed(job, name))
+    if start is None:
+        model = initial_model(config, job.random_seed)
+    else:
+        seed, before = _load(context, f"{job.random_seed}-{start}")
+        model = start_experts(seed, config.experts)
+        settings = dataclasses.replace(settings, learning_rate=settings.learning_rate * preset.experts_rate_factor)
+    report = _progress(scratch)
+    data, tokenizer = split_data(preset, "pretrain"), scenes_tokenizer()
+    curve = pretrain(model, data, tokenizer, settings=settings, folder=scratch, report=report)
+    cells = _zero_shot(model, name, job, context, before + steps, {}) if name in ROWS else []
+    _leave(
+        context,
+        job,
+        scratch,
+        model=model,
+        steps=before + steps,
+        cells=cells,
+        curve=curve,
+        stage="pretraining",
+    )
+
+
+def untrained_model(job: Job, context: Context, scratch: Path) -> None:
+    """Keep and measure a model with fresh weights, on all tasks."""
+    preset = context.preset
+    model = initial_model(model_config(preset, "agnostic"), job.random_seed)
+    test = split_data(preset, "test")
+    cells = _zero_shot(model, "untrained", job, context, 0, {"chance": TASKS["retrieval"].chance(test)})
+    answering = with_task_head(model, "vqa", random_seed=job.random_seed, answers=scenes.ANSWERS)
+    chance = {"chance": TASKS["vqa"].chance(test)}
+    results = evaluate(answering, "vqa", test)
+    cells += _cells(results, "untrained", job, context, answering, task="vqa", steps=0, settings=chance)
+    _leave(context, job, scratch, model=model, steps=0, cells=cells)
+
+
+def merge_model(job: Job, context: Context, scratch: Path) -> None:
+    """Merge a model's experts, with the coefficient that is best zero-shot on the validation split."""
+    preset, name = context.preset, job.arguments["model"]
+    method = ROWS[name].method
+    experts, steps = _load(context, f"{job.random_seed}-{job.arguments['source']}")
+    base = None
+    if job.arguments["base"] is not None:
+        base = _load(context, f"{job.random_seed}-{job.arguments['base']}")[0].state_dict()
+    candidates = [{"ratio": value} for value in preset.ratios]
+    if method == "arithmetic":
+        candidates = [{"scale": value} for value in preset.scales]
+    layout, validation = load_layout("modalmerge"), split_data(preset, "validation")
+    tried: list[tuple[float, dict[str, float], ModalMergeModel]] = []
+    cells: list[Cell] = []
+    config = change_config(experts.config, experts=expert_map("agnostic", experts.config.num_hidden_layers))
+    for settings in candidates:
+        tensors, _ = merge_tensors(experts.state_dict(), layout=layout, method=method, settings=settings, base=base)
+        model = model_from(tensors, config)
+        results = evaluate(model, "retrieval", validation)
+        tried.append((results[0].value, settings, model))
+        cells += _cells(results[:1], name, job, context, model, steps=steps, settings=settings, split="validation")
+    _, settings, model = max(tried, key=lambda entry: entry[0])
+    cells += _zero_shot(model, name, job, context, steps, settings)
+    _leave(context, job, scratch, model=model, steps=steps, cells=cells)
+
+
+def finetune_model(job: Job, context: Context, scratch: Path) -> None:
+    """Fine-tune a model on a task and measure it on the test split."""
+    preset, name, task = context.preset, job.arguments["model"], job.arguments["task"]
+    start, before = _load(context, f"{job.random_seed}-{job.arguments['start']}")
+    model = with_task_head(start, task, random_seed=job.random_seed, answers=scenes.ANSWERS)
+    data, test = split_data(preset, "finetune"), split_data(preset, "test")
+    if name in HIDDEN:
+        data, test = hide(data, HIDDEN[name]), hide(test, HIDDEN[name])
+    settings = dataclasses.replace(preset.finetuning[task], random_seed=_stage_seed(job, task))
+    curve = finetune(model, task, data, settings=settings, folder=scratch, report=_progress(scratch))
+    steps = before + settings.num_steps
+    results = evaluate(model, task, test)
+    cells = _cells(results, name, job, context, model, task=task, steps=steps, stage="fine-tuned")
+    shown = None
+    if name not in HIDDEN and job.random_seed == preset.random_seeds[0]:
+        shown = _predictions(model, name, task, job, test, preset.num_predictions)
+    _leave(context, job, scratch, steps=steps, cells=cells, curve=curve, stage=task, predictions=shown)
+
+
+KINDS: dict[str, Callable[[Job, Context, Path], None]] = {
+    "data": prepare_data,
+    "pretrain": pretrain_model,
+    "untrained": untrained_model,
+    "merge": merge_model,
+    "finetune": finetune_model,
+}
+
+
+# -- results ------------------------------------------------------------------------------------------------
+
+
+def _zero_shot(
+    model: ModalMergeModel, name: str, job: Job, context: Context, steps: int, settings: dict[str, Any]
+) -> list[Cell]:
+    """Measure retrieval without fine-tuning; for the baseline also with one side hidden, as controls."""
+    test = split_data(context.preset, "test")
+    cells = _cells(evaluate(model, "retrieval", test), name, job, context, model, steps=steps, settings=settings)
+    if name == "agnostic":
+        for control, hidden in HIDDEN.items():
+            results = evaluate(model, "retrieval", hide(test, hidden))
+            cells += _cells(results, control, job, context, model, steps=steps)
+    return cells
+
+
+def _cells(
+    results: list[Result],
+    name: str,
+    job: Job,
+    context: Context,
+    model: ModalMergeModel,
+    *,
+    steps: int,
+    task: str = "retrieval",
+    stage: str = "zero-shot",
+    split: str = "test",
+    settings: dict[str, Any] | None = None,
+) -> list[Cell]:
+    row: Row = ROWS[name]
+    settings = {**({"control": row.control} if row.control else {}), **(settings or {})}
+    chosen = "".join(f"/{key}={value}" for key, value in settings.items()) if split == "validation" else ""
+    return [
+        Cell(
+            schema=CELL_SCHEMA,
+            id=f"{context.preset.name}/{job.random_seed}/{name}/{stage}/{task}/{split}{chosen}/{result.metric}",
+            role=row.role,
+            stage=stage,
+            random_seed=job.random_seed,
+            initialisation=row.initialisation,
+            base_fraction=context.preset.seed_fraction if row.initialisation == "seed" else row.base_fraction,
+            architecture=architecture_name(model.config.experts),
+            method=row.method,
+            settings=settings,
+            dataset="scenes",
+            task=task,
+            split=split,
+            metric=result.metric,
+            value=result.value,
+            unit=result.unit,
+            direction=result.direction,
+            num_samples=result.num_samples,
+            steps=steps,
+            parameters=model.num_parameters(),
+            distances={},
+            commit=context.commit,
+            command=context.command,
+        )
+        for result in results
+    ]
+
+
+def _predictions(
+    model: ModalMergeModel, name: str, task: str, job: Job, data: PairArrays, count: int
+) -> dict[str, Any]:
+    """Collect what the model answers for the first test scenes, with pictures, for people to read."""
+    tokenizer = scenes_tokenizer()
+
+    def words(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    samples = TASKS[task].predict(model, data, list(range(min(count, len(data)))))
+    for sample in samples:
+        sample["image"] = _picture(data, sample["sample"])
+        for asked in sample.get("asked", []):
+            asked.update(
+                text=words(asked["text"]),
+                answer=scenes.ANSWERS[asked["answer"]],
+                right=scenes.ANSWERS[asked["right"]],
+            )
+        for found in sample.get("found", []):
+            found["text"] = words(found["text"])
+    return {"task": task, "model": name, "random_seed": job.random_seed, "samples": samples}
+
+
+def _picture(data: PairArrays, sample: int) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(data.images[sample]).save(stream, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+# -- files --------------------------------------------------------------------------------------------------
+
+
+def _leave(
+    context: Context,
+    job: Job,
+    scratch: Path,
+    *,
+    steps: int,
+    cells: list[Cell],
+    model: ModalMergeModel | None = None,
+    curve: list[dict[str, int | float]] | None = None,
+    stage: str = "",
+    predictions: dict[str, Any] | None = None,
+) -> None:
+    """Write a job's folder, whole or not at all; the TensorBoard log moves there, the checkpoint is not kept."""
+    with atomic_folder(context.folder(job.id)) as folder:
+        if model is not None:
+            model.save_pretrained(folder / MODEL)
+            scenes_tokenizer().save_pretrained(folder / MODEL)
+        _write_json(folder / STEPS, {"steps": steps})
+        _write_json(folder / CELLS, [dataclasses.asdict(cell) for cell in cells])
+        if curve is not None:
+            about = {
+                "title": job.id,
+                "model": job.arguments["model"],
+                "stage": stage,
+                "random_seed": job.random_seed,
+            }
+            _write_json(folder / CURVE, {**about, "curve": curve})
+        if predictions is not None:
+            _write_json(folder / PREDICTIONS, predictions)
+        if (scratch / "tensorboard").exists():
+            os.replace(scratch / "tensorboard", folder / "tensorboard")
+
+
+def _load(context: Context, job_id: str) -> tuple[ModalMergeModel, int]:
+    """Load a finished job's model and the steps behind it."""
+    folder = context.folder(job_id)
+    model, _ = load(folder / MODEL)
+    return model, json.loads((folder / STEPS).read_text())["steps"]
+
+
+def _stage_seed(job: Job, stage: str) -> int:
+    """Give every stage of a repetition batches of its own, by name, so that no stage repeats another's."""
+    stages = ("seed", "agnostic", "experts", "specific", *TASKS)
+    return job.random_seed * 100 + stages.index(stage)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, allow_nan=False) + "\n")
+
+
+def _progress(scratch: Path, *, every_seconds: float = 1.0) -> Report:
+    """Leave a note of the step reached, for the driver to show."""
+    last = -math.inf
+
+    def report(step: int, num_steps: int, losses: Mapping[str, float]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every_seconds:
+            last = now
+            partial = scratch / f"{PROGRESS}.partial"
+            _write_json(partial, {"step": step, "num_steps": num_steps, "loss": losses["loss"]})
+            os.replace(partial, scratch / PROGRESS)
+
+    return report

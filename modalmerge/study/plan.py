@@ -1,0 +1,121 @@
+"""The jobs of a study and what each needs; a job's result is a folder that appears whole or not at all.
+
+A model job trains or merges one model and measures it zero-shot. A fine-tuning job takes a model job's result.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from modalmerge.study.presets import Preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A model of the study, as its cells describe it.
+
+    Args:
+        role: as in `Cell`.
+        method: merge method, or `none`.
+        initialisation: what the weights started from.
+        base_fraction: share of the steps that the seed had.
+        control: name of the control, or "".
+    """
+
+    role: str
+    method: str = "none"
+    initialisation: str = "random"
+    base_fraction: float = 0.0
+    control: str = ""
+
+
+# Name of a model -> how it is described. Steps and parameters come from the model itself.
+ROWS = {
+    "untrained": Row(role="other", control="untrained"),
+    "scratch": Row(role="other", control="scratch"),
+    "text-only": Row(role="other", control="text-only"),
+    "image-only": Row(role="other", control="image-only"),
+    "agnostic": Row(role="agnostic"),
+    "specific": Row(role="specific"),
+    "naive-interpolation": Row(role="naive", method="interpolation"),
+    "recipe-interpolation": Row(role="recipe", method="interpolation", initialisation="seed"),
+    "recipe-arithmetic": Row(role="recipe", method="arithmetic", initialisation="seed"),
+}
+
+# What a control cannot see.
+HIDDEN = {"text-only": "vision", "image-only": "text"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One step of a study.
+
+    Args:
+        id: stable name, also of its folder.
+        kind: which function runs it, a key of `jobs.KINDS`.
+        random_seed: of the study's repetition.
+        needs: ids of jobs whose folders it reads.
+        arguments: what the function takes.
+        weight: relative cost, for the order and the time that is left.
+    """
+
+    id: str
+    kind: str
+    random_seed: int
+    needs: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weight: float = 0.0
+
+
+def plan(preset: Preset) -> list[Job]:
+    """List the jobs of a study in an order in which each comes after those it needs.
+
+    Long chains come first, so that two workers end at about the same time.
+    """
+    jobs = [Job(id="data", kind="data", random_seed=0, weight=0.05 * preset.pretraining.num_steps)]
+    for random_seed in preset.random_seeds:
+        jobs += _one_repetition(preset, random_seed)
+    return jobs
+
+
+def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
+    total, seed_steps = preset.pretraining.num_steps, preset.seed_steps
+    # A fine-tuning step has one objective in place of three, over fewer tokens.
+    cost = {task: 0.3 * settings.num_steps for task, settings in preset.finetuning.items()}
+    prefix = f"{random_seed}"
+
+    def job(name: str, kind: str, *needs: str, weight: float, **arguments: Any) -> Job:
+        return Job(
+            id=f"{prefix}-{name}",
+            kind=kind,
+            random_seed=random_seed,
+            needs=("data", *(f"{prefix}-{need}" for need in needs)),
+            arguments=arguments,
+            weight=weight,
+        )
+
+    def pretraining(name: str, *needs: str, steps: int, **arguments: Any) -> Job:
+        return job(name, "pretrain", *needs, weight=float(steps), model=name, num_steps=steps, **arguments)
+
+    jobs = [
+        pretraining("seed", steps=seed_steps, architecture="agnostic"),
+        pretraining("agnostic", steps=total, architecture="agnostic"),
+        pretraining("experts", "seed", steps=total - seed_steps, architecture=preset.architecture, start="seed"),
+        pretraining("specific", steps=total, architecture=preset.architecture),
+        job("untrained", "untrained", weight=0.02 * total, model="untrained"),
+    ]
+    for name, source, base in (
+        ("recipe-interpolation", "experts", None),
+        ("recipe-arithmetic", "experts", "seed"),
+        ("naive-interpolation", "specific", None),
+    ):
+        needs = (source,) if base is None else (source, base)
+        jobs.append(job(name, "merge", *needs, weight=0.05 * total, model=name, source=source, base=base))
+    starts = {"scratch": "untrained", "text-only": "agnostic", "image-only": "agnostic"}
+    tuned = ["agnostic", "scratch", "text-only", "image-only", "recipe-interpolation", "recipe-arithmetic"]
+    for name in [*tuned, "specific", "naive-interpolation"]:
+        for task in preset.finetuning:
+            if name in HIDDEN and task == "retrieval":
+                continue  # with one side hidden there is nothing to tell pairs by; zero-shot shows that
+            start = starts.get(name, name)
+            jobs.append(job(f"{name}-{task}", "finetune", start, weight=cost[task], model=name, task=task, start=start))
+    return jobs

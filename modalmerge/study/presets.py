@@ -1,0 +1,256 @@
+"""Settings of a whole study, as functions that return them; the docstring says what to expect."""
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modalmerge.data.scenes import SPLITS
+from modalmerge.model import ARCHITECTURES, SIZES, ModalMergeConfig
+from modalmerge.registry import find, unknown
+from modalmerge.tasks import TASKS
+from modalmerge.train.loop import TrainSettings
+
+# fields of the model's configuration that `Preset.model` may set, by their defaults; the others follow from the rest
+_FOLLOWING = ("image_size", "max_text_length", "vocab_size", "experts", "heads", "num_answers", "answers")
+_MODEL_FIELDS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ModalMergeConfig.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in _FOLLOWING
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Everything that decides the numbers of a study.
+
+    Args:
+        name: of the preset.
+        size: model size, a key of `SIZES`.
+        architecture: what is per modality in the experts' stage, a key of `ARCHITECTURES`.
+        random_seeds: the study is repeated for each; the data are the same.
+        data_seed: random seed of the embedded world.
+        image_size: pixels per side.
+        max_text_length: tokens, [CLS] and [SEP] included.
+        num_scenes: how many scenes of each split are used.
+        seed_fraction: share of the pre-training steps spent on the seed in the recipe, in (0, 1).
+        pretraining: of the baseline and of the experts without a seed; the recipe's two stages share its steps.
+        experts_rate_factor: factor on the learning rate when experts go on from a seed.
+        finetuning: task -> settings.
+        ratios: vision shares that interpolation chooses from, on the validation split.
+        scales: factors that modality arithmetic chooses from, on the validation split.
+        num_predictions: test scenes whose predictions are shown.
+        model: further fields of the model's configuration.
+    """
+
+    name: str
+    size: str
+    architecture: str
+    random_seeds: tuple[int, ...]
+    data_seed: int
+    image_size: int
+    max_text_length: int
+    num_scenes: Mapping[str, int]
+    seed_fraction: float
+    pretraining: TrainSettings
+    experts_rate_factor: float
+    finetuning: Mapping[str, TrainSettings]
+    ratios: tuple[float, ...]
+    scales: tuple[float, ...]
+    num_predictions: int
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        find(SIZES, self.size, "model size")
+        find(ARCHITECTURES, self.architecture, "architecture")
+        if not self.random_seeds or len(set(self.random_seeds)) < len(self.random_seeds):
+            raise ValueError(f"random_seeds must be distinct and at least one, got {list(self.random_seeds)}")
+        if not all(0 <= random_seed < 2**32 for random_seed in self.random_seeds):
+            raise ValueError(f"random_seeds must be in [0, 2**32), got {list(self.random_seeds)}")
+        if not 0 < self.seed_fraction < 1:
+            raise ValueError(f"seed_fraction must be in (0, 1), got {self.seed_fraction}")
+        if not self.ratios or not self.scales:
+            raise ValueError("ratios and scales must name at least one value each")
+        if not self.experts_rate_factor > 0:
+            raise ValueError(f"experts_rate_factor must be positive, got {self.experts_rate_factor}")
+        if not 0 < self.seed_steps < self.pretraining.num_steps:
+            raise ValueError(
+                f"seed_fraction {self.seed_fraction} of {self.pretraining.num_steps} steps of pretraining leaves "
+                f"{self.seed_steps} for the seed; it needs one at least, and so do the experts"
+            )
+        for task in self.finetuning:
+            find(TASKS, task, "task of finetuning")
+        for key, value in self.model.items():
+            default = find(_MODEL_FIELDS, key, "setting of the model")
+            if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+                raise ValueError(f"model.{key} must be {type(default).__name__}, got {value!r}")
+        for split, count in self.num_scenes.items():
+            most = find(SPLITS, split, "split")
+            if not 1 <= count <= most:
+                raise ValueError(f"num_scenes.{split} must be in [1, {most}], got {count}")
+        missing = set(SPLITS) - set(self.num_scenes)
+        if missing:
+            raise ValueError(f"num_scenes lacks the split {min(missing)}")
+
+    @property
+    def seed_steps(self) -> int:
+        """Steps of seed pre-training in the recipe."""
+        return round(self.seed_fraction * self.pretraining.num_steps)
+
+
+def tiny() -> Preset:
+    """A study for two CPU cores: model size `nano` on the embedded world.
+
+    Command: `modalmerge study tiny`.
+    """
+    return Preset(
+        name="tiny",
+        size="nano",
+        architecture="specific",
+        random_seeds=(0,),
+        data_seed=0,
+        image_size=72,
+        max_text_length=24,
+        num_scenes={"pretrain": 20000, "finetune": 8000, "validation": 1000, "test": 1000},
+        seed_fraction=0.5,
+        pretraining=TrainSettings(num_steps=900, batch_size=64, learning_rate=3.5e-3, accelerator="cpu"),
+        experts_rate_factor=1.0,
+        finetuning={
+            "retrieval": TrainSettings(num_steps=200, batch_size=64, learning_rate=1e-3, accelerator="cpu"),
+            "vqa": TrainSettings(num_steps=700, batch_size=32, learning_rate=2.5e-3, accelerator="cpu"),
+        },
+        ratios=(0.3, 0.4, 0.5, 0.6, 0.7),
+        scales=(0.3, 0.4, 0.5, 0.75, 1.0),
+        num_predictions=8,
+    )
+
+
+PRESETS = {"tiny": tiny}
+
+
+def load_preset(name: str) -> Preset:
+    """Return a preset by name.
+
+    Raises:
+        ValueError: unknown preset, with the nearest name.
+    """
+    return find(PRESETS, name, "preset")()
+
+
+def read_preset(path: Path) -> Preset:
+    """Read a preset from a YAML file of all its fields, or of what `modalmerge study tiny --dry-run` prints.
+
+    Raises:
+        ValueError: no such file, no YAML, or `from_dict`'s.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; presets by name: {', '.join(PRESETS)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if isinstance(content, Mapping) and set(content) == {"preset", "jobs", "output"}:
+        content = content["preset"]
+    return from_dict(content)
+
+
+def apply_changes(preset: Preset, changes: Mapping[str, str]) -> Preset:
+    """Return the preset with changes such as `{"pretraining.num_steps": "100"}`.
+
+    Raises:
+        ValueError: unknown field (with the nearest name), or a value of the wrong type.
+    """
+    for path, text in changes.items():
+        preset = _change(preset, path.split("."), text, whole=path)
+    return preset
+
+
+def _change(thing: Any, path: list[str], text: str, *, whole: str) -> Any:
+    """Return `thing` with the field at `path` read from `text`, as JSON or as plain text."""
+    head, rest = path[0], path[1:]
+    mapping = isinstance(thing, Mapping)
+    known = list(thing) if mapping else [f.name for f in dataclasses.fields(thing)]
+    free = mapping and whole.startswith("model.")
+    if head not in known and not free:
+        raise unknown(whole, [".".join([*whole.split(".")[: -len(path)], name]) for name in known], "setting")
+    old = thing.get(head) if mapping else getattr(thing, head)
+    if rest:
+        if not (isinstance(old, Mapping) or dataclasses.is_dataclass(old)):
+            raise ValueError(f"setting {whole!r}: {head!r} holds a value, it has no fields")
+        new = _change(old, rest, text, whole=whole)
+    else:
+        new = _read(text, old, whole)
+    return {**thing, head: new} if mapping else dataclasses.replace(thing, **{head: new})
+
+
+def _read(text: str, old: Any, whole: str) -> Any:
+    """Read a value of the type that the field has now."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(old, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+        kinds = {type(item) for item in old} | ({float, int} if float in {type(i) for i in old} else set())
+        if all(type(item) in kinds for item in value):
+            return value
+    elif isinstance(old, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif old is None or type(value) is type(old):
+        return value
+    raise ValueError(f"setting {whole!r}: {text!r} is no {type(old).__name__}; it is {old!r} now")
+
+
+def to_dict(preset: Preset) -> dict[str, Any]:
+    """Return a preset as JSON-able values."""
+    return json.loads(json.dumps(dataclasses.asdict(preset)))
+
+
+def from_dict(values: Any) -> Preset:
+    """Rebuild a preset from `to_dict`'s values, such as a YAML file's.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value does not fit.
+    """
+    return _build(Preset, values, "preset")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    make: Callable[..., Any] = kind
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must hold fields, got {value!r}")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for key in value:
+            find(fields, key, f"key of {where}")
+        types_of = typing.get_type_hints(kind)
+        missing = [
+            n for n, f in fields.items()
+            if n not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]  # fmt: skip
+        if missing:
+            raise ValueError(f"{where} lacks {', '.join(missing)}")
+        return make(**{key: _build(types_of[key], item, f"{where}.{key}") for key, item in value.items()})
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        return tuple(_build(arguments[0], item, where) for item in value)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must hold fields, got {value!r}")
+        return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is Any or isinstance(kind, types.UnionType):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} must be {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,169 @@
+"""A small study run with known numbers, for the tests of the report."""
+
+import base64
+import io
+import json
+import math
+
+from PIL import Image
+
+from modalmerge.records import Cell, append_line
+from modalmerge.report.summary import RECALLS
+
+# (role, method) -> zero-shot recall, fine-tuned recall, fine-tuned accuracy of random seed 0
+VALUES = {
+    ("agnostic", "none"): (40.0, 55.0, 70.0),
+    ("specific", "none"): (42.0, 57.0, 71.0),
+    ("naive", "interpolation"): (4.0, 35.0, 60.0),
+    ("recipe", "interpolation"): (37.0, 53.0, 69.0),
+    ("recipe", "arithmetic"): (36.0, 52.0, 68.5),
+}
+# added to every value of a random seed, so that means and differences can be told by hand
+SHIFTS = {0: 0.0, 1: 1.0, 2: 2.0}
+
+
+def make_cell(role, method, random_seed, value, **changes):
+    stage, task, metric = changes.pop("what", ("zero-shot", "retrieval", "recall_mean"))
+    settings = changes.pop("settings", {})
+    split = changes.pop("split", "test")
+    name = "-".join(map(str, [role, method, random_seed, stage, task, metric, split, *settings.values()]))
+    fields = {
+        "id": name,
+        "role": role,
+        "stage": stage,
+        "random_seed": random_seed,
+        "initialisation": "seed" if role == "recipe" else "random",
+        "base_fraction": 0.5 if role == "recipe" else 0.0,
+        "architecture": "agnostic" if role == "agnostic" else "specific",
+        "method": method,
+        "settings": settings,
+        "dataset": "scenes",
+        "task": task,
+        "split": split,
+        "metric": metric,
+        "value": value,
+        "unit": "percent",
+        "direction": "higher",
+        "num_samples": {"text": 200, "image": 1000}.get(metric.split("_")[0], 1000),
+        "steps": 3000,
+        "parameters": 2_340_000 if role == "specific" else 1_230_000,
+        "distances": {"tssd": 0.25 + random_seed / 100} if role in ("naive", "recipe") else {},
+        "commit": "0123abc",
+        "command": "modalmerge study tiny",
+    }
+    return Cell(**(fields | changes))
+
+
+def study_cells(random_seeds=(0, 1, 2)):
+    cells = []
+    for (role, method), values in VALUES.items():
+        settings = {"interpolation": {"ratio": 0.5}, "arithmetic": {"scale": 0.75}}.get(method, {})
+        for seed in random_seeds:
+            zero_shot, retrieval, accuracy = (value + SHIFTS[seed] for value in values)
+            for stage, mean in (("zero-shot", zero_shot), ("fine-tuned", retrieval)):
+                what = (stage, "retrieval")
+                cells.append(make_cell(role, method, seed, mean, what=(*what, "recall_mean"), settings=settings))
+                for way, offset in (("text", 1), ("image", -1)):
+                    for depth, factor in ((1, 0.5), (5, 1.0), (10, 1.5)):
+                        metric = f"{way}_recall_{depth}"
+                        value = factor * mean + offset
+                        cells.append(make_cell(role, method, seed, value, what=(*what, metric), settings=settings))
+            cells.append(
+                make_cell(role, method, seed, accuracy, what=("fine-tuned", "vqa", "accuracy"), settings=settings)
+            )
+    return cells
+
+
+def control_cells():
+    cells = []
+    for control, columns in {
+        "untrained": [
+            ("zero-shot", "vqa", "accuracy"),
+            *(("zero-shot", "retrieval", metric) for metric in ("recall_mean", *RECALLS)),
+        ],
+        "scratch": [("fine-tuned", "retrieval", "recall_mean"), ("fine-tuned", "vqa", "accuracy")],
+        "text-only": [("fine-tuned", "vqa", "accuracy")],
+        "image-only": [("fine-tuned", "vqa", "accuracy")],
+    }.items():
+        for what in columns:
+            settings = {"control": control} | ({"chance": 2.5} if what[1:] == ("vqa", "accuracy") else {})
+            cells.append(make_cell("other", "none", 0, 3.0, what=what, settings=settings))
+    return cells
+
+
+def validation_cells():
+    cells = []
+    for role, method, name, values in (
+        ("naive", "interpolation", "ratio", (0.25, 0.5, 0.75)),
+        ("recipe", "interpolation", "ratio", (0.25, 0.5, 0.75)),
+        ("recipe", "arithmetic", "scale", (0.5, 0.75, 1.0)),
+    ):
+        for seed in SHIFTS:
+            for value in values:
+                height = VALUES[role, method][0] - 30 * abs(value - 0.6) + SHIFTS[seed]
+                cells.append(make_cell(role, method, seed, height, settings={name: value}, split="validation"))
+    return cells
+
+
+def picture(number):
+    image = Image.new("RGB", (64, 64), (200, 200 - 30 * (number % 4), 180))
+    for start in range(10, 30):
+        for across in range(start, start + 20):
+            image.putpixel((across, start), (30 * (number % 8), 60, 160))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_curve(run, model, stage, seed, num_steps, height=6.0):
+    curve = []
+    for step in range(num_steps):
+        part = height / 3 * (0.3 + 0.7 * math.exp(-3 * step / num_steps)) + 0.05 * math.sin(step)
+        point = {"step": step, "learning_rate": 1e-3, "loss": 3 * part}
+        if stage == "pretraining":
+            point |= {"contrastive": part, "matching": part / 2, "masked_language": 1.5 * part}
+        curve.append(point)
+    content = {"title": f"{model} {stage}", "model": model, "stage": stage, "random_seed": seed}
+    write_json(run / "jobs" / f"{model}-{stage}-{seed}" / "curve.json", content | {"curve": curve})
+
+
+def write_run(folder, cells, *, jobs=True):
+    folder.mkdir()
+    preset = {"name": "tiny", "random_seeds": [0, 1, 2], "num_steps": 3000}
+    write_json(folder / "preset.json", preset)
+    (folder / "cells.jsonl").touch()
+    for cell in cells:
+        append_line(folder / "cells.jsonl", cell)
+    if not jobs:
+        return folder
+    for seed in SHIFTS:
+        for model, num_steps in (("agnostic", 600), ("specific", 600), ("seed", 300), ("experts", 300)):
+            write_curve(folder, model, "pretraining", seed, num_steps, 6 + seed / 10)
+        for model in ("agnostic", "specific", "naive-interpolation", "recipe-interpolation"):
+            write_curve(folder, model, "vqa", seed, 200, 3)
+            write_curve(folder, model, "retrieval", seed, 200, 2)
+    for model in ("agnostic", "naive-interpolation", "recipe-interpolation", "recipe-arithmetic"):
+        answer = "blue" if model.startswith("naive") else "red"
+        asked = [
+            {"text": "what colour is the large circle", "answer": answer, "right": "red"},
+            {"text": "how many things are there", "answer": "3", "right": "3"},
+        ]
+        found = [
+            {"text": "a large red circle above a small blue square", "right": answer == "red"},
+            {"text": "a small green ring beside a large yellow triangle", "right": False},
+        ]
+        samples = [{"sample": number, "image": picture(number)} for number in range(8)]
+        for task, answers in (("vqa", {"asked": asked}), ("retrieval", {"found": found})):
+            content = {"task": task, "model": model, "random_seed": 0}
+            content["samples"] = [sample | answers for sample in samples]
+            write_json(folder / "jobs" / f"{model}-{task}-predictions" / "predictions.json", content)
+    return folder
+
+
+def whole_run(folder):
+    return write_run(folder, [*study_cells(), *control_cells(), *validation_cells()])

@@ -1,0 +1,224 @@
+import dataclasses
+import io
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_run import control_cells, make_cell, study_cells, validation_cells
+from rich.console import Console
+
+from modalmerge.report import markdown, summarise, table
+from modalmerge.report.summary import retrieval_chance, t_quantile
+
+
+def row(summary, name):
+    found = [row for row in (*summary.rows, *summary.controls) if row.name == name]
+    assert len(found) == 1, [row.name for row in summary.rows]
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    # printed tables, for example NIST/SEMATECH e-Handbook 1.3.6.7.2
+    [
+        (1, 12.706205),
+        (2, 4.302653),
+        (3, 3.182446),
+        (4, 2.776445),
+        (5, 2.570582),
+        (10, 2.228139),
+        (29, 2.045230),
+        (30, 2.042272),
+        (1000, 1.962339),
+    ],
+)
+def test_t_quantile_is_the_tables(degrees, quantile):
+    assert t_quantile(degrees) == pytest.approx(quantile, abs=6e-7)
+
+
+def test_t_quantile_needs_a_degree():
+    with pytest.raises(ValueError, match="degrees must be at least 1, got 0"):
+        t_quantile(0)
+
+
+def test_mean_and_interval_by_hand():
+    cells = [make_cell("agnostic", "none", seed, value) for seed, value in ((2, 43.0), (0, 40.0), (1, 40.0))]
+    number = row(summarise(cells), "Modality-agnostic (baseline)").numbers["zero-shot retrieval"]
+    assert number.mean == 41.0
+    assert number.random_seeds == (0, 1, 2)
+    assert number.values == (40.0, 40.0, 43.0)
+    # variance (1 + 1 + 4) / 2 = 3, error of the mean sqrt(3) / sqrt(3) = 1, so the quantile itself is left
+    assert number.half_width == pytest.approx(4.302653, abs=1e-6)
+    assert number.cells == tuple(cell.id for cell in sorted(cells, key=lambda cell: cell.random_seed))
+
+
+def test_one_random_seed_has_no_interval():
+    summary = summarise(study_cells([1]))
+    number = row(summary, "Recipe, arithmetic").numbers["fine-tuned vqa"]
+    assert number.mean == 69.5
+    assert number.half_width is None
+    assert "One random seed" in markdown(summary)
+    assert "69.5 ±" not in markdown(summary)
+
+
+def test_gains_are_paired_over_random_seeds():
+    naive = {0: 5.0, 1: 20.0, 2: 10.0}
+    recipe = {0: 30.0, 1: 46.0, 2: 35.0, 3: 90.0}  # random seed 3 has no partner and does not count
+    cells = [make_cell("naive", "interpolation", seed, value) for seed, value in naive.items()]
+    cells += [make_cell("recipe", "interpolation", seed, value) for seed, value in recipe.items()]
+    gain = row(summarise(cells), "Recipe, interpolation").gains["zero-shot retrieval"]
+    assert gain.values == (25.0, 26.0, 25.0)
+    assert gain.random_seeds == (0, 1, 2)
+    assert gain.mean == pytest.approx(76 / 3)
+    by_hand = 4.302653 * statistics.stdev([25, 26, 25]) / math.sqrt(3)
+    assert gain.half_width == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_position_lies_between_naive_and_baseline():
+    cells = []
+    for seed, (naive, recipe, baseline) in {0: (10.0, 25.0, 30.0), 1: (10.0, 30.0, 50.0)}.items():
+        cells.append(make_cell("naive", "interpolation", seed, naive))
+        cells.append(make_cell("recipe", "interpolation", seed, recipe))
+        cells.append(make_cell("agnostic", "none", seed, baseline))
+    summary = summarise(cells)
+    position = row(summary, "Recipe, interpolation").positions["zero-shot retrieval"]
+    assert position.value == pytest.approx(100 * 35 / 60)  # of the means: 17.5 of 30
+    assert (position.low, position.high) == (50.0, 75.0)
+    assert row(summary, "Modality-agnostic (baseline)").positions == {}
+    assert row(summary, "Naive merging").gains == {}
+
+
+def test_no_position_where_the_baseline_is_not_above_naive():
+    cells = [
+        make_cell("naive", "interpolation", 0, 30.0),
+        make_cell("recipe", "interpolation", 0, 31.0),
+        make_cell("agnostic", "none", 0, 30.0),
+    ]
+    assert row(summarise(cells), "Recipe, interpolation").positions == {}
+
+
+def test_summary_is_ready_for_json():
+    summary = summarise([*study_cells(), *control_cells(), *validation_cells()])
+    content = json.loads(json.dumps(dataclasses.asdict(summary), allow_nan=False))
+    assert [row["name"] for row in content["rows"]] == [
+        "Modality-agnostic (baseline)",
+        "Modality-specific",
+        "Naive merging",
+        "Recipe, interpolation",
+        "Recipe, arithmetic",
+    ]
+    assert content["rows"][4]["numbers"]["zero-shot retrieval"]["mean"] == 37.0
+    assert content["rows"][1]["parameters"] == 2_340_000
+    assert content["rows"][4]["settings"] == {"scale": [0.75]}
+    assert [row["control"] for row in content["controls"]] == [
+        "untrained",
+        "scratch",
+        "text-only",
+        "image-only",
+    ]
+    assert content["missing"] == []
+    # validation cells chose the coefficient and are no result
+    assert content["rows"][2]["numbers"]["zero-shot retrieval"]["values"] == [4.0, 5.0, 6.0]
+
+
+def test_chance_is_given_or_worked_out():
+    untrained = row(summarise(control_cells()), "Untrained")
+    assert untrained.chance["zero-shot vqa"] == 2.5
+    assert untrained.numbers["zero-shot vqa"].mean == 3.0
+    assert untrained.chance["zero-shot retrieval"] == pytest.approx(retrieval_chance(200, 1000))
+    # two images with one caption each: at 1 half of them, at 5 and 10 all, both ways
+    assert retrieval_chance(2, 2) == pytest.approx(100 * (0.5 + 1 + 1) / 3)
+    # 4 images, 8 captions: at 1 a quarter; caption at 5: 1 - C(6, 5) / C(8, 5) = 1 - 6 / 56
+    assert retrieval_chance(4, 8) == pytest.approx(100 * (0.25 + 1 + 1 + 0.25 + (1 - 6 / 56) + 1) / 6)
+
+
+def test_distances_are_averaged_once_per_random_seed():
+    distance = row(summarise(study_cells()), "Naive merging").distances["tssd"]
+    assert distance.values == (0.25, 0.26, 0.27)
+
+
+def test_missing_cells_are_named():
+    cells = [
+        cell
+        for cell in study_cells()
+        if not (cell.method == "arithmetic" and cell.stage == "fine-tuned" and cell.random_seed > 0)
+        and not (cell.role == "specific" and cell.task == "vqa")
+    ]
+    summary = summarise(cells, random_seeds=[0, 1, 2])
+    assert summary.missing == (
+        "Modality-specific: Fine-tuned VQA, accuracy %",
+        "Recipe, arithmetic: Fine-tuned retrieval, mean recall %, random seeds 1, 2",
+        "Recipe, arithmetic: Fine-tuned VQA, accuracy %, random seeds 1, 2",
+        "control: Untrained",
+        "control: Fine-tuned from scratch",
+        "control: Text only (images hidden)",
+        "control: Image only (texts hidden)",
+    )
+    assert "fine-tuned vqa" not in row(summary, "Modality-specific").numbers
+
+
+def test_variants_of_a_model_become_rows():
+    cells = [make_cell("recipe", "interpolation", 0, 10.0 * r, settings={"ratio": r}) for r in (0.25, 0.5)]
+    names = [row.name for row in summarise(cells).rows if row.numbers]
+    assert names == ["Recipe, interpolation (ratio 0.25)", "Recipe, interpolation (ratio 0.5)"]
+
+
+def test_another_method_becomes_a_row():
+    summary = summarise([*study_cells(), make_cell("recipe", "ties", 0, 38.0, settings={"density": 0.2})])
+    assert row(summary, "Recipe, ties").numbers["zero-shot retrieval"].mean == 38.0
+
+
+def test_the_same_number_twice_is_refused():
+    cell = make_cell("agnostic", "none", 0, 40.0)
+    assert summarise([cell, cell]).num_cells == 1
+    with pytest.raises(ValueError, match=r"'agnostic-none-0-.*' was measured twice, as 40\.0 and 41\.0"):
+        summarise([cell, dataclasses.replace(cell, value=41.0)])
+    with pytest.raises(ValueError, match="cells '.*' and 'b' give the same number.*seed 0.*remove one"):
+        summarise([cell, dataclasses.replace(cell, id="b", value=41.0)])
+
+
+def test_table_fits_in_100_columns():
+    console = Console(width=100, record=True, file=io.StringIO(), color_system=None)
+    summary = summarise([*study_cells(), *control_cells()])
+    console.print(table(summary))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    for wanted in ("Recipe, arithmetic", "38.0 ± 2.5", "gain +33.0", "at 92 %", "1.23 M", "chance 2.6"):
+        assert wanted in text
+    assert "2.34 M" in text
+
+
+def test_table_shows_names_with_brackets_as_they_are():
+    console = Console(width=100, record=True, file=io.StringIO(), color_system=None)
+    console.print(table(summarise([make_cell("recipe", "[red]x[/]", 0, 1.0)])))
+    assert "[red]x[/]" in console.export_text().replace("\n", "")
+
+
+def test_markdown_holds_numbers_and_gains():
+    text = markdown(summarise(study_cells(), random_seeds=[0, 1, 2]))
+    assert "| Recipe, interpolation | 1.23 M | 38.0 ± 2.5 | 54.0 ± 2.5 | 70.0 ± 2.5 |" in text
+    # equal shifts of every model: the paired differences do not vary at all
+    gains = "+33.0 ± 0.0 (92 %) | +18.0 ± 0.0 (90 %) | +9.0 ± 0.0 (90 %)"
+    assert f"| Recipe, interpolation | {gains} |" in text
+    assert text.endswith("\n")
+    hostile = markdown(summarise([make_cell("recipe", "a|b<script>", 0, 1.0)]))
+    assert r"Recipe, a\|b&lt;script&gt;" in hostile
+
+
+def test_importing_the_report_loads_neither_torch_nor_plotly():
+    code = "import modalmerge.report, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    loaded = set(done.stdout.split())
+    assert "modalmerge.report.page" in loaded
+    assert not loaded & {"torch", "plotly", "numpy", "transformers"}

@@ -1,0 +1,317 @@
+import html.parser
+import json
+import math
+import os
+import re
+
+import pytest
+from fake_run import (
+    SHIFTS,
+    control_cells,
+    make_cell,
+    picture,
+    study_cells,
+    validation_cells,
+    whole_run,
+    write_curve,
+    write_json,
+    write_run,
+)
+
+from modalmerge.report import markdown, summarise, write_report
+from modalmerge.report.charts import POINTS_PER_CURVE, pretraining_curves, thin
+from modalmerge.report.page import page
+from modalmerge.report.run import Curve, read_run
+
+HOSTILE = "<script>alert('x')</script>\"&"
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects what a browser would see: elements with attributes, and text outside scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self.silent = [], [], False
+        self.feed(text)
+        self.text = " ".join(" ".join(self.text).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.silent = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self.silent = False
+
+    def handle_data(self, data):
+        if not self.silent:
+            self.text.append(data)
+
+
+def figures_of(text):
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.S)
+    return json.loads(found[1])
+
+
+def test_page_holds_the_numbers(tmp_path):
+    run = whole_run(tmp_path / "run")
+    cells = [*study_cells(), *control_cells(), *validation_cells()]
+    assert write_report(run, tmp_path / "report.html") == len(cells)
+    text = (tmp_path / "report.html").read_text()
+    reader = Reader(text)
+    for wanted in (
+        "study tiny",
+        "Modality-agnostic (baseline)",
+        "41.0 ± 2.5",  # baseline, zero-shot
+        "5.0 ± 2.5",  # naive
+        "gain +33.0 ± 0.0",
+        "position 92 % (92 to 92)",
+        "12 % of the baseline’s recall is left after naive merging: 5.0 of 41.0 percent",
+        "93 % of the baseline’s recall is left after the recipe with interpolation: 38.0 of 41.0 percent",
+        "Untrained",
+        "chance 2.6",
+        "chance 2.5",
+        "0.26 ± 0.025",  # distance
+        "scale 0.75",
+        "✗ blue",
+        "✓ red",
+        "0123abc",
+        "modalmerge study tiny",
+    ):
+        assert wanted in reader.text, wanted
+    assert "Unfinished" not in reader.text
+    assert sum(tag == "img" for tag, _ in reader.elements) == 16
+    assert text.count("* plotly.js v") == 1
+
+
+def test_every_number_leads_to_its_cells(tmp_path):
+    run = whole_run(tmp_path / "run")
+    write_report(run, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    ids = re.findall(r'<td class="id"><code>(.*?)</code>', text)
+    assert ids == [cell.id for cell in read_run(run).cells]
+    links = re.findall(r'data-cells="([\d ]+)"[^>]*>([^<]*)</a>', text)
+    assert len(links) > 50
+    positions = next(positions for positions, shown in links if shown == "41.0 ± 2.5")
+    assert [ids[int(position)] for position in positions.split()] == [
+        f"agnostic-none-{seed}-zero-shot-retrieval-recall_mean-test" for seed in SHIFTS
+    ]
+
+
+def test_page_loads_nothing_from_elsewhere(tmp_path):
+    write_report(whole_run(tmp_path / "run"), tmp_path / "report.html")
+    reader = Reader((tmp_path / "report.html").read_text())
+    addresses = [
+        attributes[name]
+        for _, attributes in reader.elements
+        for name in ("src", "href", "data", "action", "poster", "srcset")
+        if name in attributes
+    ]
+    assert addresses
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
+    assert not [tag for tag, _ in reader.elements if tag in ("link", "iframe", "object", "base")]
+    policies = [a["content"] for _, a in reader.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    assert policies[0].startswith("default-src 'none'")
+    assert "http" not in policies[0]
+
+
+def test_figures_are_valid_and_chained(tmp_path):
+    from plotly.graph_objects import Figure
+
+    text = page(read_run(whole_run(tmp_path / "run")))
+    figures = figures_of(text)
+    # bars; recall against ratio and against scale; four losses; two tasks
+    assert len(figures) == 1 + 2 + 4 + 2
+    places = {attributes.get("id") for _, attributes in Reader(text).elements}
+    assert set(figures) <= places
+    variables = set(re.findall(r"(--[a-z0-9-]+):", text))
+    colours = set(re.findall(r'"(--[a-z0-9-]+)"', json.dumps(figures)))
+    assert colours <= variables, "every colour of a chart is a variable of the style sheet"
+    for figure in figures.values():
+        Figure(json.loads(re.sub(r'"--[a-z0-9-]+"', '"#123456"', json.dumps(figure))))
+    bars = figures["chart-0"]["data"][0]
+    assert bars["x"] == [41.0, 43.0, 5.0, 38.0, 37.0]
+    assert bars["error_x"]["array"] == pytest.approx([4.302653 / math.sqrt(3)] * 5)
+    ratio = {trace["name"]: trace for trace in figures["chart-1"]["data"]}
+    recipe = ratio["Recipe, interpolation"]
+    assert recipe["x"] == [0.25, 0.5, 0.75]
+    assert recipe["y"] == pytest.approx([27.5, 35.0, 33.5])
+    assert recipe["marker"]["line"]["width"] == [0, 2.5, 0], "the ratio that was used is ringed"
+    assert set(ratio) == {"Recipe, interpolation", "Naive merging, interpolation"}
+
+
+def test_experts_follow_their_seed():
+    def curve(model, random_seed, num_steps):
+        points = [{"step": step, "loss": 1.0} for step in range(num_steps)]
+        job = f"{model}{random_seed}"
+        return Curve(job=job, title=job, model=model, stage="pretraining", random_seed=random_seed, points=points)
+
+    ((_, figure),) = pretraining_curves([curve("experts", 0, 10), curve("seed", 0, 30), curve("experts", 1, 10)])
+    starts = {trace["hovertemplate"].split(",")[0]: trace["x"][0] for trace in figure["data"]}
+    assert starts == {"experts0": 30, "seed0": 0, "experts1": 0}
+
+
+def test_long_curves_are_averaged_not_sampled():
+    points = [{"step": step, "loss": float(step % 2)} for step in range(10 * POINTS_PER_CURVE)]
+    steps, values = thin(points, "loss")
+    assert len(steps) == POINTS_PER_CURVE
+    assert set(values) == {0.5}
+    assert steps[:2] == [4.5, 14.5]
+    assert thin(points, "matching") == ([], [])
+
+
+def test_unfinished_run_gives_a_page(tmp_path):
+    cells = [cell for cell in study_cells() if cell.role in ("agnostic", "naive") and cell.random_seed == 0]
+    run = write_run(tmp_path / "run", cells, jobs=False)
+    with (run / "cells.jsonl").open("a") as file:
+        file.write('{"id": "torn')  # a study that writes at this moment
+    assert write_report(run, tmp_path / "report.html") == len(cells)
+    text = Reader((tmp_path / "report.html").read_text()).text
+    assert "Unfinished: 19 of the expected numbers are missing" in text
+    assert "Recipe, arithmetic: Zero-shot retrieval, mean recall %" in text
+    assert "random seeds 1, 2" in text
+    assert "not measured" in text
+    assert "A number without ± is of one random seed" in text
+    assert "40.0" in text
+
+
+def test_run_without_any_cell_gives_a_page(tmp_path):
+    run = write_run(tmp_path / "run", [], jobs=False)
+    assert write_report(run, tmp_path / "report.html") == 0
+    assert "Nothing was measured yet" in (tmp_path / "report.html").read_text()
+    assert "Nothing was measured yet" in markdown(summarise([]))
+
+
+def test_hostile_texts_stay_texts(tmp_path):
+    cells = [
+        *study_cells(),
+        make_cell("recipe", HOSTILE, 0, 30.0, settings={"kind": HOSTILE}, dataset=HOSTILE),
+        make_cell("recipe", HOSTILE, 0, 30.0, settings={"ratio": 0.5}, split="validation", id=HOSTILE),
+        make_cell("other", "none", 0, 1.0, settings={"control": HOSTILE}, commit=HOSTILE, command=HOSTILE),
+    ]
+    run = write_run(tmp_path / "run", cells)
+    write_json(run / "preset.json", {"name": HOSTILE, "note": HOSTILE})
+    write_curve(run, "agnostic", "vqa", 0, 3)
+    path = run / "jobs" / "agnostic-vqa-0" / "curve.json"
+    write_json(path, json.loads(path.read_text()) | {"model": HOSTILE, "title": HOSTILE})
+    asked = [{"text": HOSTILE, "answer": HOSTILE, "right": "red"}]
+    samples = [{"sample": 0, "image": picture(0), "asked": asked}]
+    content = {"task": "vqa", "model": HOSTILE, "random_seed": 0, "samples": samples}
+    write_json(run / "jobs" / "hostile" / "predictions.json", content)
+    found = [{"text": HOSTILE, "right": False}]
+    content |= {"task": "retrieval", "samples": [{"sample": 0, "image": picture(0), "found": found}]}
+    write_json(run / "jobs" / "hostile-too" / "predictions.json", content)
+    text = page(read_run(run))
+    assert "<script>alert" not in text
+    reader = Reader(text)
+    assert HOSTILE in reader.text
+    assert sum(tag == "script" for tag, _ in reader.elements) == 3
+    assert not [name for _, attributes in reader.elements for name in attributes if name.startswith("on")]
+    inside = re.search(r'id="figures">(.*?)</script>', text, re.S)[1]
+    assert "<" not in inside, "nothing in the figures can end their script element"
+    shown = json.dumps(figures_of(text))
+    assert "alert(" in shown, "the names are in the charts"
+    assert "<script" not in shown, "plotly.js reads HTML in texts: they are escaped there too"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "data:image/svg+xml;base64,AAAA",
+        "data:image/png;base64,AAAA\" onerror=\"alert('x')",
+        "https://example.org/a.png",
+        "data:image/png;base64,AAAA\n",
+    ],
+)
+def test_images_are_checked(tmp_path, image):
+    run = write_run(tmp_path / "run", [], jobs=False)
+    samples = [{"sample": 0, "image": image, "asked": []}]
+    content = {"task": "vqa", "model": "agnostic", "random_seed": 0, "samples": samples}
+    path = run / "jobs" / "a" / "predictions.json"
+    write_json(path, content)
+    with pytest.raises(ValueError, match="image must be a PNG as data:image/png;base64") as error:
+        write_report(run, tmp_path / "report.html")
+    assert str(path) in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["cells.jsonl", "preset.json"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, name):
+    run = write_run(tmp_path / "run", [], jobs=False)
+    (run / name).unlink()
+    with pytest.raises(ValueError, match=rf"holds no {name}, .*`modalmerge study tiny -o .*` makes one"):
+        write_report(run, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("cells.jsonl", '{"id": "x"}\n', "cells.jsonl, line 1: Cell: missing key 'role'"),
+        ("preset.json", "{", "preset.json: .*remove the study's folder and run the study again"),
+        ("preset.json", "[]", "preset.json: expected a JSON object, got list"),
+        ("preset.json", "{}", "preset.json: missing key 'name'"),
+        ("preset.json", '{"name": "tiny", "schema": 9}', "preset.json: schema 9 is not 1"),
+        ("jobs/a/curve.json", "{", "curve.json: .*remove this job's folder and run the study again"),
+        (
+            "jobs/a/curve.json",
+            '{"title": "", "model": "seed", "stage": "pre-training", "random_seed": 0, "curve": []}',
+            "curve.json: unknown stage 'pre-training'; allowed: pretraining, retrieval, vqa",
+        ),
+        (
+            "jobs/a/curve.json",
+            '{"title": "", "model": "seed", "stage": "vqa", "random_seed": 0, "curve": [{"step": NaN}]}',
+            "curve.json: every point of `curve` must hold the numbers step and loss",
+        ),
+        (
+            "jobs/a/predictions.json",
+            '{"task": "nlvr2", "model": "seed", "random_seed": 0, "samples": []}',
+            "predictions.json: unknown task 'nlvr2'; allowed: vqa, retrieval",
+        ),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, text, message):
+    run = write_run(tmp_path / "run", [], jobs=False)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        write_report(run, tmp_path / "report.html")
+
+
+def test_the_old_page_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", study_cells(), jobs=False)
+    output = tmp_path / "report.html"
+    output.write_text("old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_report(run, output)
+    assert output.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+    before = output.stat().st_ino
+    write_report(run, output)
+    assert output.read_text().startswith("<!DOCTYPE html>")
+    assert output.stat().st_ino != before, "another file took its place; the old one was not written into"
+
+
+def test_output_must_be_a_file_in_a_folder(tmp_path):
+    run = write_run(tmp_path / "run", [], jobs=False)
+    for output in (tmp_path, tmp_path / "absent" / "report.html"):
+        with pytest.raises(ValueError, match="cannot be written: give a file in a folder that exists"):
+            write_report(run, output)
+
+
+def test_equal_runs_give_equal_pages(tmp_path):
+    run = whole_run(tmp_path / "run")
+    assert page(read_run(run)) == page(read_run(run))
+
+
+def test_two_validation_numbers_of_one_coefficient_are_refused(tmp_path):
+    settings = {"ratio": 0.5, "keep_fraction": 0.5}
+    more = make_cell("recipe", "interpolation", 0, 1.0, settings=settings, split="validation")
+    run = write_run(tmp_path / "run", [*validation_cells(), more], jobs=False)
+    with pytest.raises(ValueError, match="give the same number of one model"):
+        write_report(run, tmp_path / "report.html")
