@@ -48,6 +48,7 @@ RGB_OF_COLOUR = {
     "blue": (38, 74, 226),
     "yellow": (244, 226, 40),
     "purple": (134, 44, 178),
+    "orange": (246, 134, 20),
     "pink": (252, 138, 196),
 }
 RGB_OF_BACKGROUND = {
@@ -58,7 +59,6 @@ RGB_OF_BACKGROUND = {
     "night": (44, 44, 62),
     "snow": (234, 238, 244),
     "earth": (134, 98, 70),
-    "sea": (70, 122, 136),
 }
 RADIUS_OF_SIZE = {"small": (128, 140), "large": (188, 204)}  # canvas units; 16-17.5, 23.5-25.5 pixels across at 64
 EDGE = 8  # gap between an object and the border of the canvas
