@@ -119,9 +119,7 @@ def test_shards_are_read_through_their_index(tmp_path):
     assert [path.name for path in opened.files] == ["one.safetensors", "two.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "shard", ["../out.safetensors", "/out.safetensors", "a/../../out.safetensors", "..\\out"]
-)
+@pytest.mark.parametrize("shard", ["../out.safetensors", "/out.safetensors", "a/../../out.safetensors", "..\\out"])
 def test_an_index_must_not_point_outside_its_folder(tmp_path, shard):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -335,9 +333,7 @@ def test_a_full_disk_leaves_nothing_and_says_what_is_free(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "_write_values", write_values)
-    with pytest.raises(
-        ValueError, match=r"model could not be written: .*No space left.* MiB are free"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"model could not be written: .*No space left.* MiB are free") as caught:
         write_folder(tmp_path / "model", TENSORS, metadata={}, files={})
     assert isinstance(caught.value.__cause__, OSError)
     assert list(tmp_path.iterdir()) == []
@@ -392,18 +388,14 @@ def test_a_dtype_that_the_format_lacks_is_named(tmp_path):
 @settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
-            lambda name: name != "__metadata__"
-        ),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__"),
         st.tuples(st.sampled_from(list(checkpoint._DTYPE_NAMES)), st.lists(st.integers(0, 4), max_size=3)),
         max_size=6,
     )
 )
 def test_any_names_dtypes_and_shapes_come_back(tmp_path_factory, specs):
     folder = tmp_path_factory.mktemp("any")
-    tensors = {
-        name: torch.ones(shape, dtype=torch.float32).to(dtype) for name, (dtype, shape) in specs.items()
-    }
+    tensors = {name: torch.ones(shape, dtype=torch.float32).to(dtype) for name, (dtype, shape) in specs.items()}
     write_folder(folder / "model", tensors, metadata={"a": "b"}, files={})
     opened = open_checkpoint(folder / "model")
     assert opened.names == tuple(sorted(tensors))

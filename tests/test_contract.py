@@ -131,9 +131,7 @@ def test_a_small_change_is_not_lost(name):
 def test_float_noise_does_not_matter(name):
     base, experts = draw((16, 16), torch.float64)
     noise = 1e-9 * torch.randn(experts.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(
-        call(name, base, experts + noise), call(name, base, experts), rtol=0, atol=1e-7
-    )
+    torch.testing.assert_close(call(name, base, experts + noise), call(name, base, experts), rtol=0, atol=1e-7)
 
 
 @every_method

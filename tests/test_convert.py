@@ -84,16 +84,12 @@ class TestAuthors:
         tensors, conversion = to_authors(config, empty(expected_shapes(config)))
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         assert found == read_keys(theirs)
-        assert conversion.dropped == () and set(conversion.built) == set(INERT) - {
-            "text_embeddings.position_ids"
-        }
+        assert conversion.dropped == () and set(conversion.built) == set(INERT) - {"text_embeddings.position_ids"}
 
     @pytest.mark.parametrize(("theirs", "ours"), AUTHORS.items())
     def test_their_base_model_gives_our_configuration(self, theirs, ours):
         keys = read_keys(theirs)
-        tensors = {
-            name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in keys.items()
-        }
+        tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in keys.items()}
         config, converted, conversion = from_authors(tensors)
         assert config.to_dict() == size_config("base", architecture=ours, **BASE).to_dict()
         assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == expected_shapes(config)
@@ -169,9 +165,7 @@ class TestAuthors:
     def test_buffers_of_fine_tuned_models(self):
         config, tensors = tiny(heads=["pooler"])
         assert not [name for name in to_authors(config, tensors)[0] if name.startswith("vl_")]
-        assert (
-            len([name for name in to_authors(config, tensors, joint_index=True)[0] if name[:3] == "vl_"]) == 2
-        )
+        assert len([name for name in to_authors(config, tensors, joint_index=True)[0] if name[:3] == "vl_"]) == 2
 
     def test_the_numbers_of_another_name(self):
         model, batch = make_model("mixed"), make_batch()
@@ -188,9 +182,7 @@ class TestAuthors:
 class TestFusionStart:
     @pytest.mark.parametrize(("num_layers", "start"), [(24, 21), (12, 10), (4, 2), (2, 1), (1, 1)])
     def test_default_of_a_shared_model(self, num_layers, start):
-        config = tiny_config(
-            "agnostic", num_hidden_layers=num_layers, experts=[[]] * num_layers, fusion_start=1
-        )
+        config = tiny_config("agnostic", num_hidden_layers=num_layers, experts=[[]] * num_layers, fusion_start=1)
         theirs, _ = to_authors(config, empty(expected_shapes(config)))
         assert from_authors(theirs, text_position_range=12)[0].fusion_start == start
         assert from_authors(theirs, text_position_range=12, fusion_start=1)[0].fusion_start == 1

@@ -143,9 +143,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_merging_files_loads_neither_transformers_nor_lightning():
-    loaded = loaded_after(
-        "import modalmerge; modalmerge.METHODS; modalmerge.LAYOUTS; import modalmerge.merge.apply"
-    )
+    loaded = loaded_after("import modalmerge; modalmerge.METHODS; modalmerge.LAYOUTS; import modalmerge.merge.apply")
     assert "torch" in loaded
     assert not loaded & {"transformers", "lightning"}
 

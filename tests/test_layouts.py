@@ -59,9 +59,7 @@ def test_merging_the_authors_names_gives_exactly_their_merged_model(architecture
     for merged_name, group in plan.items():
         natives = [group] if isinstance(group, str) else group.values()
         assert {shapes[native] for native in natives} == {wanted[merged_name]}
-    used = [
-        name for group in plan.values() for name in ([group] if isinstance(group, str) else group.values())
-    ]
+    used = [name for group in plan.values() for name in ([group] if isinstance(group, str) else group.values())]
     assert sorted(used) == sorted(shapes)
 
 
@@ -158,17 +156,13 @@ def test_experts_come_in_the_order_vision_text_joint():
 
 def test_a_missing_twin_is_an_error():
     names = [name for name in OURS if name != "layers.0.attention.text.v_bias"]
-    with pytest.raises(
-        ValueError, match=r"'layers.0.attention.vision.v_bias' has no counterpart of the expert text"
-    ):
+    with pytest.raises(ValueError, match=r"'layers.0.attention.vision.v_bias' has no counterpart of the expert text"):
         detect(names).plan(names)
 
 
 def test_a_merged_name_that_is_taken_is_an_error():
     names = [*OURS, "layers.0.norm1.weight"]
-    with pytest.raises(
-        ValueError, match=r"would be merged into 'layers.0.norm1.weight', which is there already"
-    ):
+    with pytest.raises(ValueError, match=r"would be merged into 'layers.0.norm1.weight', which is there already"):
         detect(names).plan(names)
 
 
@@ -180,16 +174,12 @@ def test_an_unknown_layout_gets_the_nearest_name():
 
 
 def test_names_of_no_layout_say_what_was_seen():
-    with pytest.raises(
-        ValueError, match=r"no layout fits the 1 names \(such as bert.pooler.weight\); nearest: '"
-    ):
+    with pytest.raises(ValueError, match=r"no layout fits the 1 names \(such as bert.pooler.weight\); nearest: '"):
         detect(["bert.pooler.weight"])
     with pytest.raises(ValueError, match=r"no layout fits the 0 names \(such as none\)"):
         detect([])
     almost = [name for name in read_shapes("all_moe") if "word_embeddings" not in name]
-    with pytest.raises(
-        ValueError, match=r"nearest: 'vl-merging', but the checkpoint lacks a name like text_embed"
-    ):
+    with pytest.raises(ValueError, match=r"nearest: 'vl-merging', but the checkpoint lacks a name like text_embed"):
         detect(almost)
 
 

@@ -50,9 +50,7 @@ def our_seed(tensors):
 
 
 def write_model(folder, tensors, **files):
-    contents = {
-        name.replace("_json", ".json"): json.dumps(content).encode() for name, content in files.items()
-    }
+    contents = {name.replace("_json", ".json"): json.dumps(content).encode() for name, content in files.items()}
     write_folder(folder, tensors, metadata={"format": "pt"}, files=contents)
     return folder
 
@@ -125,9 +123,7 @@ def test_methods_refuse_wrong_settings(call, message):
 
 
 def test_needs_and_settings_are_read_from_the_signatures():
-    assert {
-        name: needs(method) for name, method in METHODS.items() if name in ("interpolation", "arithmetic")
-    } == {
+    assert {name: needs(method) for name, method in METHODS.items() if name in ("interpolation", "arithmetic")} == {
         "interpolation": ("experts",),
         "arithmetic": ("base", "experts"),
     }
@@ -147,9 +143,7 @@ def test_merges_equal_the_authors_code(method):
             tensors[native] = seeded_tensor(native, wanted["shape"])
         seed[name] = seeded_tensor(name, wanted["shape"], salt="central:")
     settings = {"ratio": 0.5} if method == "interpolation" else {"scale": 0.75}
-    merged, record = merge_tensors(
-        tensors, layout=LAYOUTS["vl-merging"], method=method, settings=settings, base=seed
-    )
+    merged, record = merge_tensors(tensors, layout=LAYOUTS["vl-merging"], method=method, settings=settings, base=seed)
     assert len(golden) == 156 == record.num_merged
     assert set(merged) == set(golden)
     for name, wanted in golden.items():
@@ -163,9 +157,7 @@ def test_merges_equal_the_authors_code(method):
 def test_golden_methods_can_be_told_apart():
     golden = json.loads((GOLDEN / "merges.json").read_text())["merges"]
     name = "transformer.blocks.11.attn.proj.bias"
-    assert [
-        round(golden[method][name]["at"][0], 4) for method in ("arithmetic", "arithmetic_as_released")
-    ] == [
+    assert [round(golden[method][name]["at"][0], 4) for method in ("arithmetic", "arithmetic_as_released")] == [
         -0.0601,
         -0.0154,
     ]
@@ -274,9 +266,7 @@ def test_what_was_ignored_is_said():
     assert record.warnings == ["interpolation uses no base; the one given was not read"]
     del tensors["layers.0.norm1.text.weight"]
     _, record = merge_tensors(tensors, layout=OURS)
-    assert record.warnings == [
-        "1 tensors are the only expert of their parameter, such as layers.0.norm1.vision.weight"
-    ]
+    assert record.warnings == ["1 tensors are the only expert of their parameter, such as layers.0.norm1.vision.weight"]
 
 
 @pytest.mark.parametrize(
@@ -361,9 +351,7 @@ def test_a_base_that_does_not_fit_is_named(change, message):
 
 def test_a_missing_base_and_one_with_experts_are_named():
     tensors = our_tensors()
-    with pytest.raises(
-        ValueError, match="arithmetic needs the seed that the experts started from; give it as base"
-    ):
+    with pytest.raises(ValueError, match="arithmetic needs the seed that the experts started from; give it as base"):
         merge_tensors(tensors, layout=OURS, method="arithmetic")
     with pytest.raises(ValueError, match="it has experts itself: merge them first"):
         merge_tensors(tensors, layout=OURS, method="arithmetic", base=tensors)
@@ -501,9 +489,7 @@ def test_one_parameter_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
 
 def test_the_package_can_be_called_after_its_parts_were_imported():
-    code = (
-        "import modalmerge, modalmerge.merge.apply as a; assert callable(modalmerge.merge); print(a.RECORD)"
-    )
+    code = "import modalmerge, modalmerge.merge.apply as a; assert callable(modalmerge.merge); print(a.RECORD)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "merge.json\n"
 

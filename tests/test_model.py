@@ -156,9 +156,7 @@ class TestPositions:
         # text tokens: distance + 194 + 734, key minus query
         assert index[1, 1] == 928 and index[1, 39] == 928 + 38 and index[39, 1] == 928 - 38
         # image tokens: row offset, then column offset, query minus key
-        assert (
-            index[41, 41] == 13 * 27 + 13 and index[41, 42] == 13 * 27 + 12 and index[55, 41] == 14 * 27 + 13
-        )
+        assert index[41, 41] == 13 * 27 + 13 and index[41, 42] == 13 * 27 + 12 and index[55, 41] == 14 * 27 + 13
         assert index[image, image].max() == 731 and index[41:, 41:].min() == 0
 
     def test_longest_texts_stay_in_their_block(self):

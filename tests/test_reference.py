@@ -256,9 +256,7 @@ class TestFineTuning:
     def test_a_pretraining_checkpoint_serves_retrieval(self, architecture, stored):
         batch, model = inputs(), model_of(architecture)
         text = model.text_features(batch.input_ids, batch.attention_mask)
-        scores = (
-            model.heads["contrastive"].logit_scale.exp() * model.image_features(batch.pixel_values) @ text.T
-        )
+        scores = model.heads["contrastive"].logit_scale.exp() * model.image_features(batch.pixel_values) @ text.T
         wanted = stored[f"loading/{architecture}/irtr_image64/irtr_logits"]
         torch.testing.assert_close(scores, wanted, rtol=RELATIVE, atol=ABSOLUTE)
 

@@ -16,8 +16,7 @@ def test_unknown_name_gets_the_nearest_and_all():
     with pytest.raises(ValueError) as caught:
         find(TABLE, "interpolaton", "merge method")
     assert str(caught.value) == (
-        "unknown merge method 'interpolaton'; nearest: 'interpolation'; "
-        "known: arithmetic, interpolation, ties"
+        "unknown merge method 'interpolaton'; nearest: 'interpolation'; known: arithmetic, interpolation, ties"
     )
 
 

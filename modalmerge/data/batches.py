@@ -14,6 +14,9 @@ from modalmerge.data.text import encode
 from modalmerge.registry import find
 
 
+ENCODED_AT_ONCE = 1000  # scenes
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairArrays:
     """Images with their captions and questions.
@@ -72,9 +75,14 @@ def load_pairs(
 
 
 def _encode_lists(lists: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tensor:
-    flat = [text for texts in lists for text in texts]
-    ids, _ = encode(tokenizer, flat, max_length=max_length)
-    return ids.view(len(lists), -1, ids.shape[1])
+    # In parts: what the tokenizer returns for 100,000 captions at once takes 300 MB, which the process then keeps.
+    parts = []
+    for start in range(0, len(lists), ENCODED_AT_ONCE):
+        some = lists[start : start + ENCODED_AT_ONCE]
+        ids, _ = encode(tokenizer, [text for texts in some for text in texts], max_length=max_length)
+        parts.append(ids.view(len(some), -1, ids.shape[1]))
+    longest = max(part.shape[2] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[2])) for part in parts])
 
 
 def step_generator(random_seed: int, step: int) -> torch.Generator:

@@ -104,10 +104,7 @@ def make_batch(task="pretrain", n=4, size=64, vocab=1000, seed=1234, lens=TEXT_L
 
 
 def gram_batches(task, n_batches=8, n=16, size=64, vocab=1000):
-    return [
-        make_batch(task, n=n, size=size, vocab=vocab, seed=50000 + 100 * i, lens=None)
-        for i in range(n_batches)
-    ]
+    return [make_batch(task, n=n, size=size, vocab=vocab, seed=50000 + 100 * i, lens=None) for i in range(n_batches)]
 
 
 def synthetic_grams(names, modules):
@@ -126,11 +123,7 @@ def synthetic_grams(names, modules):
 def checksum(t, k=8):
     """float64 sum, sum of squares, and k values at flat positions round(linspace(0, numel-1, k))"""
     f = t.detach().double().flatten()
-    idx = (
-        [int(i) for i in torch.linspace(0, f.numel() - 1, k, dtype=torch.float64).round()]
-        if f.numel() > 1
-        else [0]
-    )
+    idx = [int(i) for i in torch.linspace(0, f.numel() - 1, k, dtype=torch.float64).round()] if f.numel() > 1 else [0]
     return {
         "shape": list(t.shape),
         "sum": f.sum().item(),

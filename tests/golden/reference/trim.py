@@ -19,8 +19,7 @@ def main(source: Path, target: Path) -> None:
         "parameters": {name: full["architectures"][name]["pretrain"]["parameters"] for name in ARCHITECTURES},
         # alike for both architectures
         "heads": {
-            task: {key: full["architectures"]["ufo"][task][key] for key in ("added", "removed")}
-            for task in TASKS[1:]
+            task: {key: full["architectures"]["ufo"][task][key] for key in ("added", "removed")} for task in TASKS[1:]
         },
         "outputs": {key: value for key, value in full["outputs"].items() if key.startswith(wanted)},
         "gradients": {name: full["grads"][name]["grad"] for name in ARCHITECTURES},
