@@ -13,7 +13,6 @@ from modalmerge.data import scenes
 from modalmerge.data.text import encode
 from modalmerge.registry import find
 
-
 ENCODED_AT_ONCE = 1000  # scenes
 
 
