@@ -123,8 +123,11 @@ def tiny() -> Preset:
         pretraining=TrainSettings(num_steps=900, batch_size=64, learning_rate=3.5e-3, accelerator="cpu"),
         experts_rate_factor=1.0,
         finetuning={
-            "retrieval": TrainSettings(num_steps=200, batch_size=64, learning_rate=1e-3, accelerator="cpu"),
-            "vqa": TrainSettings(num_steps=700, batch_size=32, learning_rate=2.5e-3, accelerator="cpu"),
+            "retrieval": TrainSettings(num_steps=200, batch_size=64, learning_rate=5e-4, accelerator="cpu"),
+            # At a learning rate of 2.5e-3 fine-tuning forgets: the baseline ends at 52 %, as if it were untrained.
+            "vqa": TrainSettings(
+                num_steps=520, batch_size=32, learning_rate=5e-4, head_rate_factor=10.0, accelerator="cpu"
+            ),
         },
         ratios=(0.3, 0.4, 0.5, 0.6, 0.7),
         scales=(0.3, 0.4, 0.5, 0.75, 1.0),

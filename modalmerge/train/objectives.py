@@ -48,10 +48,11 @@ def draw_negatives(
         infinity before the softmax, so that a saturated softmax leaves no row of zeros, which they raise on.
     """
     own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    weights = scores.detach().float().masked_fill(own, float("-inf"))
+    # on the CPU, where the generator is: the same draws on every device
+    weights = scores.detach().float().masked_fill(own, float("-inf")).cpu()
     image = torch.multinomial(weights.T.softmax(1), 1, generator=generator)[:, 0]
     text = torch.multinomial(weights.softmax(1), 1, generator=generator)[:, 0]
-    return image, text
+    return image.to(scores.device), text.to(scores.device)
 
 
 @dataclass(kw_only=True)  # not frozen: Lightning moves a batch between devices field by field
