@@ -367,7 +367,10 @@ def _stage_text(done: dict[str, Any]) -> str:
 
 
 def _quieten() -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars; read when it is imported
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars, in the study's workers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # here, where transformers may have been imported before
     for name in ("transformers", "datasets", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

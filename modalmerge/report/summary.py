@@ -439,10 +439,14 @@ def _by_seed(number: Number) -> dict[int, float]:
     return dict(zip(number.random_seeds, number.values, strict=True))
 
 
+# Points that the baseline must lie above naive merging, or a position between them says nothing.
+LEAST_REACH = 5.0
+
+
 def _position(own: dict[int, float], low: dict[int, float], high: dict[int, float]) -> Position | None:
     seeds = [seed for seed in own if seed in low and seed in high]
     reach = [high[seed] - low[seed] for seed in seeds]
-    if not seeds or sum(reach) <= 0:
+    if not seeds or sum(reach) < LEAST_REACH * len(seeds):
         return None
     gained = [own[seed] - low[seed] for seed in seeds]
     each = [100 * part / whole for part, whole in zip(gained, reach, strict=True) if whole > 0]
