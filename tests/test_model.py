@@ -82,7 +82,7 @@ class TestConfiguration:
 
     @pytest.mark.parametrize("size", SIZES)
     def test_sizes(self, size):
-        config = size_config(size, image_size=32, vocab_size=10, architecture="ffn")
+        config = size_config(size, image_size=48, vocab_size=10, architecture="ffn")  # a multiple of 16 and 24
         assert config.ffn_size == 4 * config.hidden_size
         assert config.experts == [["ffn"]] * config.num_hidden_layers
 
