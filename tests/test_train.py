@@ -82,8 +82,9 @@ def test_wrong_settings_are_refused(changes, message):
 
 
 def test_the_largest_random_seed_trains():
-    step_generator(change(random_seed=2**40 - 1).random_seed, 10**6)
-    torch.manual_seed((2**40 - 1) * 1_000_003 + 10**6)
+    largest = change(random_seed=2**40 - 1).random_seed
+    assert isinstance(step_generator(largest, 10**6), torch.Generator)
+    assert torch.manual_seed(largest * 1_000_003 + 10**6).initial_seed() > 0
     torch.manual_seed(0)
 
 

@@ -371,18 +371,15 @@ def _ask(
         pairs = [(a, b) for a in objects for b in objects if abs(a.x - b.x) >= APART]
         one, other = draws.pick(pairs)
         answer = "left" if one.x < other.x else "right"
-        return [_refer(draws, one, objects), _refer(draws, other, objects)], answer
-    known_by = {"colour": "shape", "shape": "colour"}.get(name)
-    fits = [thing for thing in objects if known_by is None or _alone(thing, known_by, objects)]
-    fits = [thing for thing in fits if (name, thing) not in targets]
-    thing = draws.pick(fits)
+        return [_refer(draws, one), _refer(draws, other)], answer
+    thing = draws.pick([thing for thing in objects if (name, thing) not in targets])
     targets.append((name, thing))
     if name == "colour":
         words = [thing.shape]
     elif name == "shape":
         words = [f"{thing.colour} object"]
     else:
-        words = [_refer(draws, thing, objects)]
+        words = [_refer(draws, thing)]
     return words, getattr(thing, name)
 
 
@@ -401,14 +398,9 @@ def _ask_exists(draws: Draws, objects: Sequence[Object]) -> tuple[list[str], str
     return [f"{_article(colour)} {colour} {shape}"], answer
 
 
-def _alone(thing: Object, attribute: str, objects: Sequence[Object]) -> bool:
-    value = getattr(thing, attribute)
-    return sum(getattr(other, attribute) == value for other in objects) == 1
-
-
-def _refer(draws: Draws, thing: Object, objects: Sequence[Object]) -> str:
-    """Name an object such that no other is meant; colour and shape together always do."""
-    if _alone(thing, "shape", objects) and draws.chance(30):
+def _refer(draws: Draws, thing: Object) -> str:
+    """Name an object such that no other is meant: no two of a scene share a colour or a shape."""
+    if draws.chance(30):
         return thing.shape
     return f"{thing.colour} {thing.shape}"
 

@@ -197,17 +197,15 @@ def _check_preset(run: Path, preset: Preset) -> None:
         there = json.loads(path.read_text())
         if there == now:
             return
+        # further repetitions of the same study are no other study
         more = set(there.get("random_seeds", ())) <= set(now["random_seeds"])
-        if more and {**there, "random_seeds": now["random_seeds"]} == now:
-            with atomic_file(path) as partial:  # further repetitions of the same study
-                partial.write_text(json.dumps(now, indent=2) + "\n")
-            return
-        differing = ", ".join(sorted(_differences(there, now)))
-        raise ValueError(
-            f"{run} holds a study of preset {there.get('name')!r} with other settings ({differing}); "
-            f"choose another folder with -o, or remove this one"
-        )
-    if (run / CELLS_FILE).exists():
+        if not more or {**there, "random_seeds": now["random_seeds"]} != now:
+            differing = ", ".join(sorted(_differences(there, now)))
+            raise ValueError(
+                f"{run} holds a study of preset {there.get('name')!r} with other settings ({differing}); "
+                f"choose another folder with -o, or remove this one"
+            )
+    elif (run / CELLS_FILE).exists():
         raise ValueError(
             f"{run} holds {CELLS_FILE} but no {PRESET_FILE}: it is no study folder; choose another with -o"
         )

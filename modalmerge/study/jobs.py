@@ -42,6 +42,7 @@ from modalmerge.train.stages import (
     initial_model,
     model_from,
     pretrain,
+    save,
     start_experts,
     with_task_head,
 )
@@ -280,7 +281,7 @@ def _cells(
             stage=stage,
             random_seed=job.random_seed,
             initialisation=row.initialisation,
-            base_fraction=context.preset.seed_fraction if row.initialisation == "seed" else row.base_fraction,
+            base_fraction=context.preset.seed_fraction if row.initialisation == "seed" else 0.0,
             architecture=architecture_name(model.config.experts),
             method=row.method,
             settings=settings,
@@ -349,8 +350,7 @@ def _leave(
     """Write a job's folder, whole or not at all; the TensorBoard log moves there, the checkpoint is not kept."""
     with atomic_folder(context.folder(job.id)) as folder:
         if model is not None:
-            model.save_pretrained(folder / MODEL)
-            scenes_tokenizer().save_pretrained(folder / MODEL)
+            save(model, scenes_tokenizer(), folder / MODEL)
         _write_json(folder / STEPS, {"steps": steps})
         _write_json(folder / CELLS, [dataclasses.asdict(cell) for cell in cells])
         if curve is not None:

@@ -17,14 +17,12 @@ class Row:
         role: as in `Cell`.
         method: merge method, or `none`.
         initialisation: what the weights started from.
-        base_fraction: share of the steps that the seed had.
         control: name of the control, or "".
     """
 
     role: str
     method: str = "none"
     initialisation: str = "random"
-    base_fraction: float = 0.0
     control: str = ""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from modalmerge.study.jobs import model_config, split_data
 from modalmerge.study.presets import Preset, to_dict
 from modalmerge.tasks import TASKS
 from modalmerge.train.loop import Report, TrainSettings
-from modalmerge.train.stages import finetune, initial_model, pretrain, start_experts, with_task_head
+from modalmerge.train.stages import finetune, initial_model, pretrain, save, start_experts, with_task_head
 
 SETTINGS, CURVE, MODEL = "settings.json", "curve.json", "model"
 
@@ -159,15 +160,12 @@ def _finish(
     metrics = {result.metric: result.value for result in results}
     summary = {"steps": settings.num_steps, "losses": curve[-1], "metrics": metrics}
     with atomic_folder(run) as folder:
-        model.save_pretrained(folder / MODEL)
-        scenes_tokenizer().save_pretrained(folder / MODEL)
+        save(model, scenes_tokenizer(), folder / MODEL)
         (folder / CURVE).write_text(json.dumps(curve))
         (folder / SETTINGS).write_text(json.dumps({"asked": asked, "summary": summary}, indent=2) + "\n")
         if (scratch / "tensorboard").exists():
             os.replace(scratch / "tensorboard", folder / "tensorboard")
-    for left in scratch.iterdir():
-        left.unlink()
-    scratch.rmdir()
+    shutil.rmtree(scratch)
     return _summary(run)
 
 
