@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modalmerge import checkpoint
 from modalmerge.checkpoint import (
+    DTYPE_NAMES,
     atomic_file,
     atomic_folder,
     open_checkpoint,
     sha256_file,
     write_folder,
+    writing,
 )
 
 TENSORS = {
@@ -332,7 +333,7 @@ def test_a_full_disk_leaves_nothing_and_says_what_is_free(tmp_path, monkeypatch)
         stream.write(b"x")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_write_values", write_values)
+    monkeypatch.setattr(writing, "_write_values", write_values)
     with pytest.raises(ValueError, match=r"model could not be written: .*No space left.* MiB are free") as caught:
         write_folder(tmp_path / "model", TENSORS, metadata={}, files={})
     assert isinstance(caught.value.__cause__, OSError)
@@ -389,7 +390,7 @@ def test_a_dtype_that_the_format_lacks_is_named(tmp_path):
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.sampled_from(list(checkpoint._DTYPE_NAMES)), st.lists(st.integers(0, 4), max_size=3)),
+        st.tuples(st.sampled_from(list(DTYPE_NAMES)), st.lists(st.integers(0, 4), max_size=3)),
         max_size=6,
     )
 )

@@ -1,0 +1,29 @@
+"""Read checkpoints lazily, write folders of weights that are either whole or absent."""
+
+from modalmerge.checkpoint.header import DTYPE_NAMES, TensorInfo
+from modalmerge.checkpoint.pickles import PICKLE_SUFFIXES
+from modalmerge.checkpoint.reading import INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from modalmerge.checkpoint.writing import (
+    atomic_file,
+    atomic_folder,
+    sha256_file,
+    write_files,
+    write_folder,
+    write_safetensors,
+)
+
+__all__ = [
+    "DTYPE_NAMES",
+    "INDEX",
+    "PICKLE_SUFFIXES",
+    "WEIGHTS",
+    "Checkpoint",
+    "TensorInfo",
+    "atomic_file",
+    "atomic_folder",
+    "open_checkpoint",
+    "sha256_file",
+    "write_files",
+    "write_folder",
+    "write_safetensors",
+]
