@@ -5,14 +5,30 @@ A layout is a YAML file; those in this folder are known by name, and a user may 
     name, summary, source   what it is, in one line each, and where that can be read
     experts                 native marker of an expert -> vision, text, joint or a further word; the
                             native marker is "" where an expert is known by the absence of one
-    rules                   list of {pattern, merged}: a tensor is an expert's if a pattern fits its whole
-                            name. The pattern has the groups `prefix`, `expert` and `suffix`; `merged`
-                            builds the merged name from them
-    shared                  patterns of what is never merged (layer scale, embeddings, tables, heads); they
-                            win over rules
-    inert                   patterns of what no model reads: carried over like shared tensors
+    rules                   list of {part, pattern, merged}: a tensor is an expert's if a pattern fits its
+                            whole name. The pattern has the groups `prefix`, `expert` and `suffix`, and
+                            `layer` where the part belongs to one; `merged` builds the merged name from
+                            the groups, without the expert. `part` is one of `PARTS`
+    kept                    reason -> patterns of what is never merged (embeddings, positions, heads,
+                            routers, ...) and is carried over; they win over rules
+    left_out                reason -> patterns of what the merged model has no place for; also wins over rules
+    zero_twins              patterns of native names that one expert may have alone: its twins count as zeros
+    fused                   row order of fused projections, such as `q|k|v` -> patterns of merged names
+    inputs                  list of {pattern, input}: a pattern of merged names, and the name of the linear
+                            input that these weights see (its Gram matrix is shared by all weights with that
+                            name); built from the pattern's groups. An input has the name of the merged
+                            module that it goes into; of several, of the first one: `...self_attn.q_proj` for
+                            q, k and v, `...mlp.gate_proj` for gate and up
+    ancestor                the model that all experts started from
+    target                  {model, loaded_by, config}: what the merged checkpoint is, what loads it, and
+                            file -> {key: value} of what its configuration needs changed
+    tied                    what loads the merged weights written to every expert's place
+    nothing                 why there is nothing to merge in this family
     requires, forbids       patterns by which a checkpoint is recognised: each of the first fits some name,
-                            each of the second none (`forbids` may be left out)
+                            each of the second none
+
+All but name, summary, source, experts, rules and requires may be left out; `config` of target, too. Patterns fit
+whole names, so they tell a component from a part of one: `attn.v_bias` is nothing of an expert `v`.
 """
 
 import dataclasses
@@ -27,6 +43,13 @@ from modalmerge.registry import find, nearest
 
 FOLDER = Path(__file__).parent
 MODALITIES = ("vision", "text", "joint")
+PARTS = ("attention", "norm1", "ffn", "norm2", "norm", "layer")
+# What `--only` may name: the components of the project's models, and every part alone.
+COMPONENTS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("attention", "norm1"),
+    "ffn": ("ffn", "norm2"),
+    "norms": ("norm1", "norm2", "norm"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,25 +57,87 @@ class Rule:
     """One way in which a name tells its expert.
 
     Args:
-        pattern: fits the whole name; has the groups `prefix`, `expert` and `suffix`.
+        part: what of a layer it is, one of `PARTS`: attention (q/k and inner norms too), norm1 (the norm before
+            attention, or after it where norms come after), ffn (inner norms too), norm2 (likewise of the FFN),
+            norm (outside the layers), layer (a layer as a whole).
+        pattern: fits the whole name; has the groups `prefix`, `expert` and `suffix`, perhaps `layer` and others.
         merged: form of the merged name, with the pattern's groups in braces.
     """
 
+    part: str
     pattern: re.Pattern[str]
     merged: str
 
     def __post_init__(self) -> None:
+        find(dict.fromkeys(PARTS), self.part, "part of a rule")
         groups = set(self.pattern.groupindex)
         missing = {"prefix", "expert", "suffix"} - groups
         if missing:
             raise ValueError(f"rule {self.pattern.pattern!r}: missing group {', '.join(sorted(missing))}")
-        try:
-            name = self.merged.format(**{group: f"<{group}>" for group in groups - {"expert"}})
-        except (KeyError, IndexError, ValueError) as error:
-            allowed = ", ".join(sorted(groups - {"expert"}))
-            raise ValueError(f"rule: merged {self.merged!r} may use {allowed} only, in braces") from error
+        name = _fill(self.merged, groups - {"expert"}, "rule: merged")
         if "<prefix>" not in name or "<suffix>" not in name:
             raise ValueError(f"rule: merged {self.merged!r} must use both {{prefix}} and {{suffix}}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearInput:
+    """Which input of a linear layer a weight sees.
+
+    Args:
+        pattern: fits the whole merged name of a weight.
+        input: name of the input, with the pattern's groups in braces.
+    """
+
+    pattern: re.Pattern[str]
+    input: str
+
+    def __post_init__(self) -> None:
+        _fill(self.input, set(self.pattern.groupindex), "inputs: input")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the merged checkpoint is.
+
+    Args:
+        model: the modality-agnostic model whose names it has.
+        loaded_by: what loads it.
+        config: file name -> the keys and values that the merged model needs changed there.
+    """
+
+    model: str
+    loaded_by: str
+    config: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a native name means.
+
+    Args:
+        merged: its name once merged; the name itself where it is not an expert's.
+        expert: whose it is, or None.
+        part: one of `PARTS` for an expert's tensor, else "".
+        layer: number of its layer, or None.
+        why: for what is no expert's, the reason that the layout gives; "" where it names none.
+        left_out: the merged model has no place for it.
+        prefix: the module that its twins share; "" for what is no expert's.
+        native: marker of the expert; "" for what is no expert's, too.
+    """
+
+    merged: str
+    expert: str | None = None
+    part: str = ""
+    layer: int | None = None
+    why: str = ""
+    left_out: bool = False
+    prefix: str = ""
+    native: str = ""
+
+
+# A missing twin that counts as zeros.
+ZEROS = ""
+Plan = dict[str, dict[str, str] | str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,9 +149,16 @@ class Layout:
     source: str
     experts: Mapping[str, str]
     rules: tuple[Rule, ...]
-    shared: tuple[re.Pattern[str], ...]
-    inert: tuple[re.Pattern[str], ...]
     requires: tuple[re.Pattern[str], ...]
+    kept: Mapping[str, tuple[re.Pattern[str], ...]] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, tuple[re.Pattern[str], ...]] = dataclasses.field(default_factory=dict)
+    zero_twins: tuple[re.Pattern[str], ...] = ()
+    fused: Mapping[str, tuple[re.Pattern[str], ...]] = dataclasses.field(default_factory=dict)
+    inputs: tuple[LinearInput, ...] = ()
+    ancestor: str = ""
+    target: Target = Target(model="", loaded_by="")
+    tied: str = ""
+    nothing: str = ""
     forbids: tuple[re.Pattern[str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -74,6 +166,8 @@ class Layout:
             raise ValueError(f"layout {self.name}: two native markers stand for one expert: {dict(self.experts)}")
         if not self.requires:
             raise ValueError(f"layout {self.name}: requires must hold a pattern, else every checkpoint would fit")
+        if bool(self.rules) == bool(self.nothing):
+            raise ValueError(f"layout {self.name}: it needs either rules, or to say under nothing why there are none")
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -81,60 +175,94 @@ class Layout:
         words = list(self.experts.values())
         return tuple(sorted(words, key=lambda word: (MODALITIES + tuple(words)).index(word)))
 
-    def place(self, tensor_name: str) -> tuple[str, str | None]:
-        """Say what a tensor is called once merged, and whose it is.
+    def place(self, name: str) -> Place:
+        """Say what a native name means.
 
         Args:
-            tensor_name: native name.
+            name: native name of a tensor.
 
         Returns:
-            The merged name and the expert; the name itself and None for a tensor that is carried over.
-        """
-        merged_name, expert, _ = self._place(tensor_name)
-        return merged_name, expert
+            Its merged name, its expert, and the rest.
 
-    def plan(self, names: Iterable[str]) -> dict[str, dict[str, str] | str]:
+        Raises:
+            ValueError: it carries a marker that stands for no expert.
+        """
+        for left_out, reasons in ((False, self.kept), (True, self.left_out)):
+            for why, patterns in reasons.items():
+                if _fits(name, patterns):
+                    return Place(merged=name, why=why, left_out=left_out)
+        for rule in self.rules:
+            match = rule.pattern.fullmatch(name)
+            if match:
+                groups = {key: value or "" for key, value in match.groupdict().items()}
+                native = groups.pop("expert")
+                if native not in self.experts:
+                    raise ValueError(
+                        f"layout {self.name}: {name!r} is of the expert {native!r}, which is not among "
+                        f"{', '.join(map(repr, self.experts))}"
+                    )
+                return Place(
+                    merged=rule.merged.format(**groups),
+                    expert=self.experts[native],
+                    part=rule.part,
+                    layer=int(groups["layer"]) if groups.get("layer") else None,
+                    prefix=groups["prefix"],
+                    native=native,
+                )
+        return Place(merged=name)
+
+    def plan(self, names: Iterable[str]) -> Plan:
         """Sort the tensors of a checkpoint by what they become.
 
         Args:
             names: all native names of the checkpoint, in any order.
 
         Returns:
-            Merged name, in sorted order, to the native name by expert, experts in the order of
-            `expert_names`; or to the native name alone for a tensor that is carried over.
+            Merged name, in sorted order, to the native name by expert, experts in the order of `expert_names`
+            and `ZEROS` for a twin that counts as zeros; or to the native name alone for a tensor that is
+            carried over. A tensor of an expert without a marker, whose module has no other expert, is carried
+            over. What the layout leaves out is in no entry.
 
         Raises:
             ValueError: two tensors would get one name, or an expert lacks a tensor that its siblings have.
         """
         groups: dict[str, dict[str, str]] = {}
         copies: dict[str, str] = {}
-        suffixes: dict[str, dict[str, dict[str, str]]] = {}  # prefix, expert, merged name: native name
+        modules: dict[str, dict[str, dict[str, str]]] = {}  # prefix, expert, merged name: native name
+        unmarked = next((word for marker, word in self.experts.items() if not marker), None)
         for name in names:
-            merged_name, expert, prefix = self._place(name)
-            if expert is None:
+            place = self.place(name)
+            if place.left_out:
+                continue
+            if place.expert is None:
                 copies[name] = name
                 continue
-            group = groups.setdefault(merged_name, {})
-            if expert in group:
+            group = groups.setdefault(place.merged, {})
+            if place.expert in group:
                 raise ValueError(
-                    f"layout {self.name}: {group[expert]!r} and {name!r} would both be {expert} of {merged_name!r}"
+                    f"layout {self.name}: {group[place.expert]!r} and {name!r} would both be {place.expert} of "
+                    f"{place.merged!r}"
                 )
-            group[expert] = name
-            suffixes.setdefault(prefix, {}).setdefault(expert, {})[merged_name] = name
-        for merged_name in sorted(set(groups) & set(copies)):
-            native = next(iter(groups[merged_name].values()))
-            raise ValueError(
-                f"layout {self.name}: {native!r} would be merged into {merged_name!r}, which is there already"
-            )
-        for by_expert in suffixes.values():
-            self._check_siblings(by_expert)
-        plan: dict[str, dict[str, str] | str] = {}
-        for merged_name in sorted([*groups, *copies]):
-            if merged_name in copies:
-                plan[merged_name] = merged_name
+            group[place.expert] = name
+            modules.setdefault(place.prefix, {}).setdefault(place.expert, {})[place.merged] = name
+        for by_expert in modules.values():
+            if unmarked is not None and set(by_expert) == {unmarked}:
+                for merged, name in by_expert[unmarked].items():
+                    del groups[merged]
+                    copies[name] = name
             else:
-                group = groups[merged_name]
-                plan[merged_name] = {expert: group[expert] for expert in self.expert_names if expert in group}
+                self._complete(by_expert, groups)
+        for merged in sorted(set(groups) & set(copies)):
+            native = next(filter(None, groups[merged].values()))
+            raise ValueError(f"layout {self.name}: {native!r} would be merged into {merged!r}, which is there already")
+        plan: Plan = {}
+        for merged in sorted([*groups, *copies]):
+            if merged in copies:
+                plan[merged] = merged
+            else:
+                plan[merged] = {
+                    expert: groups[merged][expert] for expert in self.expert_names if expert in groups[merged]
+                }
         return plan
 
     def fits(self, names: Iterable[str]) -> bool:
@@ -144,32 +272,29 @@ class Layout:
             _fits_any(pattern, names) for pattern in self.forbids
         )
 
-    def _place(self, name: str) -> tuple[str, str | None, str]:
-        """Return merged name, expert and prefix; None and "" as the last two for what is carried over."""
-        if any(pattern.fullmatch(name) for pattern in (*self.shared, *self.inert)):
-            return name, None, ""
-        for rule in self.rules:
-            match = rule.pattern.fullmatch(name)
+    def linear_input(self, merged: str) -> str | None:
+        """Name the linear input that a merged weight sees; None for what is no linear weight."""
+        for entry in self.inputs:
+            match = entry.pattern.fullmatch(merged)
             if match:
-                parts = {key: value or "" for key, value in match.groupdict().items()}
-                native = parts.pop("expert")
-                if native not in self.experts:
-                    raise ValueError(
-                        f"layout {self.name}: {name!r} is of the expert {native!r}, which is not among "
-                        f"{', '.join(map(repr, self.experts))}"
-                    )
-                return rule.merged.format(**parts), self.experts[native], parts["prefix"]
-        return name, None, ""
+                return entry.input.format(**{key: value or "" for key, value in match.groupdict().items()})
+        return None
 
-    def _check_siblings(self, by_expert: Mapping[str, Mapping[str, str]]) -> None:
-        """Check that all experts of a module have the same tensors: else one would be merged alone."""
+    def fused_rows(self, merged: str) -> str | None:
+        """Say in which order a merged weight holds the rows of several projections; None where it holds one."""
+        return next((order for order, patterns in self.fused.items() if _fits(merged, patterns)), None)
+
+    def _complete(self, by_expert: Mapping[str, Mapping[str, str]], groups: dict[str, dict[str, str]]) -> None:
+        """Check that all experts of a module have the same tensors, else one would be merged alone."""
         native = {merged: name for tensors in by_expert.values() for merged, name in tensors.items()}
         for expert, tensors in by_expert.items():
-            for merged_name in sorted(set(native) - set(tensors)):
-                raise ValueError(
-                    f"layout {self.name}: {native[merged_name]!r} has no counterpart of the expert {expert}, "
-                    "which has other tensors of that module; is the checkpoint whole?"
-                )
+            for merged in sorted(set(native) - set(tensors)):
+                if not _fits(native[merged], self.zero_twins):
+                    raise ValueError(
+                        f"layout {self.name}: {native[merged]!r} has no counterpart of the expert {expert}, "
+                        "which has other tensors of that module; is the checkpoint whole?"
+                    )
+                groups[merged][expert] = ZEROS
 
 
 class _LayoutTable(Mapping[str, Layout]):
@@ -226,7 +351,7 @@ def detect(names: Iterable[str]) -> Layout:
 
     Raises:
         ValueError: none fits, or more than one does; the message says what was seen and which layout is
-            nearest.
+            nearest, where one knows at least half of the names.
     """
     names = sorted(names)
     fitting = [layout for layout in LAYOUTS.values() if layout.fits(names)]
@@ -237,20 +362,35 @@ def detect(names: Iterable[str]) -> Layout:
         raise ValueError(f"the {len(names)} names fit several layouts: {several}; say which is meant")
     step = max(1, len(names) // 4)
     seen = ", ".join(names[::step][:5]) or "none"
-    closest = max(LAYOUTS.values(), key=lambda layout: _share_known(layout, names))
-    missing = [pattern.pattern for pattern in closest.requires if not _fits_any(pattern, names)]
-    excess = [pattern.pattern for pattern in closest.forbids if _fits_any(pattern, names)]
-    reason = f"lacks a name like {missing[0]}" if missing else f"has a name like {excess[0]}"
+    shares = {name: _share_known(layout, names) for name, layout in LAYOUTS.items()}
+    closest = LAYOUTS[max(shares, key=lambda name: shares[name])]
+    near = "none is near"
+    if shares[closest.name] >= 0.5:
+        missing = [pattern.pattern for pattern in closest.requires if not _fits_any(pattern, names)]
+        excess = [pattern.pattern for pattern in closest.forbids if _fits_any(pattern, names)]
+        reason = f"lacks a name like {missing[0]}" if missing else f"has a name like {excess[0]}"
+        near = f"nearest: {closest.name!r}, but the checkpoint {reason}"
     raise ValueError(
-        f"no layout fits the {len(names)} names (such as {seen}); nearest: {closest.name!r}, but the "
-        f"checkpoint {reason}; known: {', '.join(LAYOUTS)}; a layout may also be given as a file"
+        f"no layout fits the {len(names)} names (such as {seen}); {near}; known: {', '.join(LAYOUTS)}; "
+        "a layout may also be given as a file"
     )
 
 
 def _share_known(layout: Layout, names: list[str]) -> float:
-    patterns = [*(rule.pattern for rule in layout.rules), *layout.shared, *layout.inert, *layout.requires]
-    known = sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names)
-    return known / max(1, len(names))
+    patterns = [*(rule.pattern for rule in layout.rules), *layout.requires]
+    patterns += [pattern for reasons in (layout.kept, layout.left_out) for some in reasons.values() for pattern in some]
+    return sum(_fits(name, patterns) for name in names) / max(1, len(names))
+
+
+def _fits(name: str, patterns: Iterable[re.Pattern[str]]) -> bool:
+    return any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _fill(form: str, groups: set[str], what: str) -> str:
+    try:
+        return form.format(**{group: f"<{group}>" for group in groups})
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{what} {form!r} may use {', '.join(sorted(groups))} only, in braces") from error
 
 
 def _fits_any(pattern: re.Pattern[str], names: Iterable[str]) -> bool:
@@ -272,28 +412,52 @@ def _read_layout(file: Path) -> Layout:
 
 def _build_layout(content: Any) -> Layout:
     fields = dataclasses.fields(Layout)
-    _check_keys(content, [field.name for field in fields], optional=("forbids",), kind="layout")
-    for key in ("name", "summary", "source"):
+    missing = dataclasses.MISSING
+    optional = tuple(x.name for x in fields if (x.default, x.default_factory) != (missing, missing))
+    _check_keys(content, [field.name for field in fields], optional=optional, kind="layout")
+    for key in ("name", "summary", "source", *(key for key in ("ancestor", "tied", "nothing") if key in content)):
         if not isinstance(content[key], str) or not content[key]:
             raise ValueError(f"{key} must be text, got {content[key]!r}")
     experts = content["experts"]
     if not isinstance(experts, dict) or not all(isinstance(text, str) for pair in experts.items() for text in pair):
         raise ValueError(f"experts must map native markers to words, both text, got {experts!r}")
-    if not isinstance(content["rules"], list):
-        raise ValueError(f"rules must be a list, got {content['rules']!r}")
-    rules = []
-    for rule in content["rules"]:
-        _check_keys(rule, ["pattern", "merged"], kind="rule")
-        rules.append(Rule(pattern=_compile(rule["pattern"]), merged=str(rule["merged"])))
-    patterns = {key: _compile_all(key, content.get(key, [])) for key in ("shared", "inert", "requires", "forbids")}
-    return Layout(
-        name=content["name"],
-        summary=content["summary"],
-        source=content["source"],
-        experts=experts,
-        rules=tuple(rules),
-        **patterns,
+    built: dict[str, Any] = {key: content[key] for key in content if isinstance(content[key], str)}
+    built["experts"] = experts
+    built["rules"] = tuple(
+        Rule(part=str(rule["part"]), pattern=_compile(rule["pattern"]), merged=str(rule["merged"]))
+        for rule in _entries(content, "rules", ("part", "pattern", "merged"))
     )
+    built["inputs"] = tuple(
+        LinearInput(pattern=_compile(entry["pattern"]), input=str(entry["input"]))
+        for entry in _entries(content, "inputs", ("pattern", "input"))
+    )
+    for key in ("zero_twins", "requires", "forbids"):
+        built[key] = _compile_all(key, content.get(key, []))
+    for key in ("kept", "left_out", "fused"):
+        reasons = content.get(key, {})
+        if not isinstance(reasons, dict) or not all(isinstance(why, str) and why for why in reasons):
+            raise ValueError(f"{key} must map a reason to patterns, got {reasons!r}")
+        built[key] = {why: _compile_all(f"{key}: {why}", patterns) for why, patterns in reasons.items()}
+    if "target" in content:
+        built["target"] = _build_target(content["target"])
+    return Layout(**built)
+
+
+def _build_target(content: Any) -> Target:
+    _check_keys(content, ["model", "loaded_by", "config"], optional=("config",), kind="target")
+    config = content.get("config", {})
+    if not isinstance(config, dict) or not all(isinstance(changes, dict) for changes in config.values()):
+        raise ValueError(f"target: config must map a file to keys and values, got {config!r}")
+    return Target(model=str(content["model"]), loaded_by=str(content["loaded_by"]), config=config)
+
+
+def _entries(content: Mapping[str, Any], key: str, keys: tuple[str, ...]) -> list[Any]:
+    entries = content.get(key, [])
+    if not isinstance(entries, list):
+        raise ValueError(f"{key} must be a list, got {entries!r}")
+    for entry in entries:
+        _check_keys(entry, list(keys), kind=key.removesuffix("s"))
+    return entries
 
 
 def _check_keys(content: Any, keys: list[str], *, optional: tuple[str, ...] = (), kind: str) -> None:
