@@ -1,9 +1,11 @@
 """Read checkpoints lazily, write folders of weights that are either whole or absent."""
 
 from modalmerge.checkpoint.header import DTYPE_NAMES, TensorInfo
+from modalmerge.checkpoint.partial import PartialFolder, keep_on_disk_errors
 from modalmerge.checkpoint.pickles import PICKLE_SUFFIXES
 from modalmerge.checkpoint.reading import INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from modalmerge.checkpoint.writing import (
+    ShardWriter,
     atomic_file,
     atomic_folder,
     sha256_file,
@@ -18,9 +20,12 @@ __all__ = [
     "PICKLE_SUFFIXES",
     "WEIGHTS",
     "Checkpoint",
+    "PartialFolder",
+    "ShardWriter",
     "TensorInfo",
     "atomic_file",
     "atomic_folder",
+    "keep_on_disk_errors",
     "open_checkpoint",
     "sha256_file",
     "write_files",

@@ -7,17 +7,16 @@ import math
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import safetensors
 import torch
 from torch import Tensor
 
-from modalmerge.checkpoint.header import DTYPE_NAMES, TensorInfo
-from modalmerge.checkpoint.reading import WEIGHTS
+from modalmerge.checkpoint.header import TensorInfo, build_header
+from modalmerge.checkpoint.reading import INDEX, WEIGHTS
 
 
 def sha256_file(path: Path) -> str:
@@ -49,23 +48,20 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     target = Path(target)
     if os.path.lexists(target):
         raise ValueError(f"{target} exists and is not overwritten; remove it or choose another name")
-    with _name_disk(target):
+    with name_disk(target, kept=False):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_name(target)
         partial.mkdir()
         try:
             yield partial
-            for folder, _, names in os.walk(partial):
-                for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
+            sync_tree(partial)
             if os.path.lexists(target):  # made meanwhile; an empty folder would be replaced without a word
                 raise ValueError(f"{target} was made by someone else meanwhile; nothing was written")
             os.rename(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _sync(target.parent)
+        sync(target.parent)
 
 
 @contextlib.contextmanager
@@ -82,17 +78,17 @@ def atomic_file(target: Path) -> Iterator[Path]:
         ValueError: writing failed; the message holds the space that is free.
     """
     target = Path(target)
-    with _name_disk(target):
+    with name_disk(target, kept=False):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_name(target)
         try:
             yield partial
-            _sync(partial)
+            sync(partial)
             os.replace(partial, target)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def _partial_name(target: Path) -> Path:
@@ -101,7 +97,12 @@ def _partial_name(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _name_disk(target: Path) -> Iterator[None]:
+def name_disk(target: Path, *, kept: bool) -> Iterator[None]:
+    """Say of a disk's error what could not be written, how much space is free, and what was left behind.
+
+    Raises:
+        ValueError: writing failed.
+    """
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:  # the latter is what its writer makes of a full disk
@@ -109,12 +110,22 @@ def _name_disk(target: Path) -> Iterator[None]:
         while not parent.exists():
             parent = parent.parent
         free = shutil.disk_usage(parent).free
+        left = "what is finished is kept, --resume goes on with it" if kept else "nothing was left behind"
         raise ValueError(
-            f"{target} could not be written: {error}; {free / 2**20:,.1f} MiB are free there; nothing was left behind"
+            f"{target} could not be written: {error}; {free / 2**20:,.1f} MiB are free there; {left}"
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder and all that is in it have reached the disk."""
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(inner, name))
+        sync(Path(inner))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,28 +149,104 @@ def write_safetensors(
     Raises:
         ValueError: safetensors has no such dtype.
     """
-    assert sys.byteorder == "little", "safetensors files are little-endian"
-    header: dict[str, Any] = {}
-    offset = 0
-    # wide dtypes first, as the format asks, so that every tensor starts at a multiple of its element size
-    names = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
-    for name in names:
-        dtype, shape = infos[name]
-        if dtype not in DTYPE_NAMES:
-            raise ValueError(f"{path}: tensor {name!r} has dtype {dtype}, which safetensors cannot hold")
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"data_offsets": [offset, end], "dtype": DTYPE_NAMES[dtype], "shape": list(shape)}
-        offset = end
-    if metadata:
-        header["__metadata__"] = dict(metadata)
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    header, places = build_header(infos, metadata)
     with Path(path).open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        stream.write(header)
+        for name in places:
             tensor = read(name)
             assert (tensor.dtype, tuple(tensor.shape)) == tuple(infos[name]), f"{name} is not what the header says"
             _write_values(stream, tensor)
+
+
+class ShardWriter:
+    """Write tensors to files whose headers come first, in any order and in pieces, from several threads.
+
+    Args:
+        folder: where to; files of the same names are written over, what a piece does not cover stays.
+        infos: name of each tensor to its dtype and shape.
+        metadata: text by name for every header.
+        shard_bytes: largest size of the tensors of one file; one that is larger has a file to itself.
+
+    Raises:
+        ValueError: safetensors has no such dtype.
+    """
+
+    def __init__(
+        self, folder: Path, infos: Mapping[str, TensorInfo], *, metadata: Mapping[str, str], shard_bytes: int
+    ) -> None:
+        self._places: dict[str, tuple[int, int, int]] = {}  # descriptor, begin, end
+        self._descriptors: list[int] = []
+        weight_map: dict[str, str] = {}
+        shards = split_shards(infos, shard_bytes)
+        built = {file: build_header({name: infos[name] for name in names}, metadata) for file, names in shards.items()}
+        for file, (header, places) in built.items():
+            descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptors.append(descriptor)
+            end = len(header) + max((end for _, end in places.values()), default=0)
+            os.ftruncate(descriptor, end)
+            _write_all(descriptor, memoryview(header), 0)
+            for name, (begin, end) in places.items():
+                self._places[name] = (descriptor, len(header) + begin, len(header) + end)
+                weight_map[name] = file
+        if len(shards) > 1:
+            total = sum(end - begin for _, begin, end in self._places.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors in the order in which they lie in the files."""
+        return tuple(sorted(self._places, key=self._places.__getitem__))
+
+    def write(self, name: str, offset_bytes: int, values: memoryview) -> None:
+        """Write a piece of a tensor.
+
+        Args:
+            name: of the tensor.
+            offset_bytes: of the piece in the tensor.
+            values: bytes in C order, little-endian.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        descriptor, begin, end = self._places[name]
+        assert begin + offset_bytes + len(values) <= end, f"{name}: more bytes than the header says"
+        _write_all(descriptor, values, begin + offset_bytes)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+def split_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str, list[str]]:
+    """Share tensors out among files, in sorted order of their names.
+
+    Args:
+        infos: name of each tensor to its dtype and shape.
+        shard_bytes: largest size of the tensors of one file; one that is larger has a file to itself.
+
+    Returns:
+        File name to tensor names: one file `model.safetensors`, or several with their numbers.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(infos):
+        size = math.prod(infos[name].shape) * infos[name].dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, start=1)}
+
+
+def _write_all(descriptor: int, values: memoryview, offset: int) -> None:
+    while values:
+        written = os.pwrite(descriptor, values, offset)
+        values, offset = values[written:], offset + written
 
 
 def _write_values(stream: BinaryIO, tensor: Tensor) -> None:
