@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import modalmerge.merge as merge
+    from modalmerge.inspection import inspect
     from modalmerge.layouts import LAYOUTS
     from modalmerge.merge.methods import METHODS
     from modalmerge.model import load
 
 __version__ = "0.1.0"
-__all__ = ["LAYOUTS", "METHODS", "__version__", "load", "merge"]
+__all__ = ["LAYOUTS", "METHODS", "__version__", "inspect", "load", "merge"]
 
 # public name -> the module that holds it; `merge` is a module that can be called
-_HOMES = {"LAYOUTS": "modalmerge.layouts", "METHODS": "modalmerge.merge.methods", "load": "modalmerge.model"}
+_HOMES = {
+    "LAYOUTS": "modalmerge.layouts",
+    "METHODS": "modalmerge.merge.methods",
+    "inspect": "modalmerge.inspection",
+    "load": "modalmerge.model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from modalmerge.registry import nearest
 
 CELL_SCHEMA = 1
-MERGE_SCHEMA = 1
+MERGE_SCHEMA = 2
 
 DIRECTIONS = ("higher", "lower")
 ROLES = ("agnostic", "specific", "naive", "recipe", "other")
@@ -117,36 +117,48 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeRecord:
-    """What a merge did: `merge.json` beside the merged weights.
+    """What a merge did: `merge.json` beside the merged weights. It holds no times and no folders.
 
     Args:
         schema: version of this form.
         version: version of modalmerge.
+        recipe: the resolved recipe, as a recipe file holds it; `modalmerge merge --recipe merge.json` repeats it.
         method: merge method.
-        settings: resolved settings, defaults included.
-        layout: layout of the input.
-        experts: the experts found, in the order in which they entered.
-        inputs: files read, each {"name", "sha256", "bytes"}; empty for a merge in memory.
-        base: files of the base in the same form; None where there is none or it lies in memory.
+        settings: resolved settings, defaults included, of parameters without an override.
+        layout: layout of the input; "" for several checkpoints.
+        experts: the experts found, or the names of the checkpoints, in the order in which they entered.
+        inputs: checkpoints read, each {"name", "headers": {file: sha256 of its header}, "content": BLAKE3 hash of the
+            tensors that were read, "num_tensors", "bytes"}; empty for a merge in memory.
+        base: the base in the same form; None where there is none or it lies in memory.
         num_merged: parameters written that came from several experts or through the method.
         num_copied: tensors carried over unchanged.
-        left_out: names of the expert tensors that no output parameter used.
+        left_out: input tensors that no output used, to the reason.
+        undeclared: names of copied tensors of which the layout says nothing.
+        remaining: names of experts' tensors that stay as they are, outside of what was to be merged.
+        nonfinite: input tensors with NaN or infinite elements, to the number of those.
+        config_changes: what was changed in the small files, {file: {key: [before, after]}}.
+        groups: for every merged parameter {"name", "experts", "part", "layer", "elements", "settings"} and what the
+            method measured ("numbers").
         warnings: what the user should know.
-        command: what was typed, without folders; "" for a merge in memory.
     """
 
     version: str
+    recipe: dict[str, Any]
     method: str
     settings: dict[str, Any]
     layout: str
     experts: list[str]
     inputs: list[dict[str, Any]]
-    base: list[dict[str, Any]] | None
+    base: dict[str, Any] | None
     num_merged: int
     num_copied: int
-    left_out: list[str]
+    left_out: dict[str, str]
+    undeclared: list[str]
+    remaining: list[str]
+    nonfinite: dict[str, int]
+    config_changes: dict[str, Any]
+    groups: list[dict[str, Any]]
     warnings: list[str]
-    command: str = ""
     schema: int = MERGE_SCHEMA
 
     def __post_init__(self) -> None:

@@ -71,7 +71,18 @@ def commands():
 
 def test_the_commands_are_these():
     names = {" ".join(words) for words, _ in commands()}
-    assert {"study", "report", "pretrain", "finetune", "evaluate", "merge", "data show", "list"} <= names
+    assert {
+        "study",
+        "report",
+        "pretrain",
+        "finetune",
+        "evaluate",
+        "merge",
+        "inspect",
+        "convert",
+        "data show",
+        "list",
+    } <= names
 
 
 @pytest.mark.parametrize("words, command", commands(), ids=lambda value: "-".join(value) if list is type(value) else "")
@@ -99,7 +110,7 @@ def test_help_loads_nothing_heavy():
 # -- tables -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", cli.TABLES)
+@pytest.mark.parametrize("table", cli.tables.TABLES)
 def test_tables_are_listed(call, table):
     rows = document(call("list", table, "--json"))
     assert rows and all(set(row) == {"name", "summary", "needs", "source"} for row in rows)
@@ -176,7 +187,7 @@ def test_a_note_of_an_error_is_shown(call, monkeypatch):
         error.add_note("in job 0-seed")
         raise error
 
-    monkeypatch.setitem(cli.TABLES, "methods", fail)
+    monkeypatch.setitem(cli.tables.TABLES, "methods", fail)
     assert call("list", "methods") == (1, "", "error: what\n  in job 0-seed\n")
 
 
@@ -184,7 +195,7 @@ def test_ctrl_c_is_answered(call, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.TABLES, "methods", interrupt)
+    monkeypatch.setitem(cli.tables.TABLES, "methods", interrupt)
     code, out, err = call("list", "methods")
     assert (code, out) == (130, "") and "interrupted; the same command goes on from here" in err
 

@@ -7,15 +7,23 @@ checked too: it must really break the promise.
 import pytest
 import torch
 
-from modalmerge.merge.methods import METHODS, needs, setting_parameters
+from modalmerge.merge.methods import METHODS, setting_parameters, takes
 
 # identical experts do not give that expert
 ADDS_UP = {
     "arithmetic": "the change is added once per expert",
     "arithmetic_as_released": "a share of the way from the base is left",
+    "ties": "what is trimmed stays at the base",
 }
 # the order of the experts changes the result
-ORDER_MATTERS = {"arithmetic_as_released": "the last expert has the most say"}
+ORDER_MATTERS = {
+    "arithmetic_as_released": "the last expert has the most say",
+    "slerp": "the fraction is counted from the first; tested away from a half",
+}
+# how many experts a method takes, where it is not any number
+NUM_EXPERTS = {"slerp": (1, 2)}
+# settings that are no special case, where the default is one
+SETTINGS = {"slerp": {"fraction": 0.3}}
 
 SHAPES = {"0-d": (), "3": (3,), "64": (64,), "matrix": (5, 7), "empty": (0,), "empty matrix": (4, 0)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,10 +43,12 @@ def call(name, base, experts, order=None):
         else:
             assert parameter.default is not parameter.empty, f"say here which {setting} to test {name} with"
     supplied = {"base": base, "experts": experts}
-    return method(*(supplied[need] for need in needs(method)), **settings)
+    return method(*(supplied[need] for need in takes(method)), **settings, **SETTINGS.get(name, {}))
 
 
-def draw(shape, dtype=torch.float32, num_experts=3):
+def draw(name, shape, dtype=torch.float32):
+    """Draw a base and as many experts as the method takes, three at most."""
+    num_experts = max(NUM_EXPERTS.get(name, (3,)))
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(shape, generator=generator)
     experts = base + 0.1 * torch.randn((num_experts, *shape), generator=generator)
@@ -51,14 +61,14 @@ def assert_near(one, other):
 
 
 def test_exceptions_name_methods_that_exist():
-    assert set(ADDS_UP) | set(ORDER_MATTERS) <= set(METHODS)
+    assert set(ADDS_UP) | set(ORDER_MATTERS) | set(NUM_EXPERTS) | set(SETTINGS) <= set(METHODS)
 
 
 @every_method
 @every_shape
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shape_dtype_and_finiteness(name, shape, dtype):
-    base, experts = draw(shape, dtype)
+    base, experts = draw(name, shape, dtype)
     merged = call(name, base, experts)
     assert (merged.shape, merged.dtype, merged.device) == (base.shape, base.dtype, base.device)
     assert merged.isfinite().all()
@@ -68,7 +78,7 @@ def test_shape_dtype_and_finiteness(name, shape, dtype):
 @every_shape
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_are_unchanged_and_the_result_is_new(name, shape, dtype):
-    base, experts = draw(shape, dtype)
+    base, experts = draw(name, shape, dtype)
     before = base.clone(), experts.clone()
     merged = call(name, base, experts)
     merged.fill_(7.0)
@@ -78,27 +88,27 @@ def test_inputs_are_unchanged_and_the_result_is_new(name, shape, dtype):
 
 @every_method
 @every_shape
-@pytest.mark.parametrize("num_experts", [1, 2, 3])
-def test_the_base_as_every_expert_gives_the_base(name, shape, num_experts):
-    base, _ = draw(shape)
-    assert_near(call(name, base, base.expand(num_experts, *shape).clone()), base)
+def test_the_base_as_every_expert_gives_the_base(name, shape):
+    base, _ = draw(name, shape)
+    for num_experts in NUM_EXPERTS.get(name, (1, 2, 3)):
+        assert_near(call(name, base, base.expand(num_experts, *shape).clone()), base)
 
 
 @every_method
-@pytest.mark.parametrize("num_experts", [2, 3])
-def test_identical_experts_give_that_expert(name, num_experts):
-    base, experts = draw((5, 7))
-    merged = call(name, base, experts[:1].expand(num_experts, 5, 7).clone())
-    if name in ADDS_UP:
-        assert not torch.allclose(merged, experts[0], rtol=1e-3)
-    else:
-        assert_near(merged, experts[0])
+def test_identical_experts_give_that_expert(name):
+    base, experts = draw(name, (5, 7))
+    for num_experts in NUM_EXPERTS.get(name, (2, 3)):
+        merged = call(name, base, experts[:1].expand(num_experts, 5, 7).clone())
+        if name in ADDS_UP:
+            assert not torch.allclose(merged, experts[0], rtol=1e-3)
+        else:
+            assert_near(merged, experts[0])
 
 
 @every_method
 def test_the_order_of_experts_does_not_matter(name):
-    base, experts = draw((5, 7))
-    order = [2, 0, 1]
+    base, experts = draw(name, (5, 7))
+    order = [2, 0, 1] if len(experts) == 3 else [1, 0]
     merged, permuted = call(name, base, experts), call(name, base, experts[order], order)
     if name in ORDER_MATTERS:
         assert not torch.allclose(merged, permuted, rtol=1e-3)
@@ -108,7 +118,7 @@ def test_the_order_of_experts_does_not_matter(name):
 
 @every_method
 def test_strides_do_not_matter(name):
-    base, experts = draw((5, 7))
+    base, experts = draw(name, (5, 7))
     turned_base = base.t().contiguous().t()
     turned_experts = experts.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert not turned_experts.is_contiguous()
@@ -117,28 +127,29 @@ def test_strides_do_not_matter(name):
 
 @every_method
 def test_it_can_be_repeated(name):
-    base, experts = draw((64,))
+    base, experts = draw(name, (64,))
     assert torch.equal(call(name, base, experts), call(name, base, experts))
 
 
 @every_method
 def test_a_small_change_is_not_lost(name):
-    base, experts = draw((64,))
+    base, experts = draw(name, (64,))
     assert (call(name, base, experts) != base).any()
 
 
 @every_method
 def test_float_noise_does_not_matter(name):
-    base, experts = draw((16, 16), torch.float64)
+    base, experts = draw(name, (16, 16), torch.float64)
     noise = 1e-9 * torch.randn(experts.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(call(name, base, experts + noise), call(name, base, experts), rtol=0, atol=1e-7)
 
 
 @every_method
-def test_sixteen_bit_results_are_those_of_float32_rounded(name):
-    base, experts = draw((64,), torch.bfloat16)
-    wide = call(name, base.float(), experts.float())
-    assert torch.equal(call(name, base, experts), wide.to(torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_results_are_those_of_float64_rounded(name, dtype):
+    base, experts = draw(name, (64,), dtype)
+    wide = call(name, base.double(), experts.double())
+    assert torch.equal(call(name, base, experts), wide.to(dtype))
 
 
 @every_method

@@ -1,7 +1,9 @@
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,25 @@ import torch
 from golden.seeded import checksum, seeded_tensor
 
 import modalmerge
-from modalmerge.checkpoint import open_checkpoint, sha256_file, write_folder
+from modalmerge.checkpoint import open_checkpoint, write_folder
 from modalmerge.layouts import LAYOUTS
 from modalmerge.merge.apply import merge_checkpoint, merge_tensors
 from modalmerge.merge.methods import METHODS, expert_weights, needs, setting_parameters
-from modalmerge.merge.methods.elementwise import arithmetic, arithmetic_as_released, interpolation
+from modalmerge.merge.methods.elementwise import (
+    arithmetic,
+    arithmetic_as_released,
+    interpolation,
+    narrow,
+    slerp,
+    ties,
+)
+from modalmerge.merge.recipe import Recipe
 from modalmerge.records import MergeRecord, from_json
 
 GOLDEN = Path(__file__).parent / "golden"
 OURS = LAYOUTS["modalmerge"]
 SEED = torch.tensor([1.0, 2.0])
+UNDECLARED = "the layout says nothing of 2 tensors, such as index; they are carried over"
 EXPERTS = torch.tensor([[2.0, 4.0], [4.0, 0.0], [7.0, 1.0]])
 
 
@@ -72,6 +83,69 @@ def test_arithmetic_as_released_by_hand():
     assert arithmetic_as_released(SEED, EXPERTS, scale=1.0).tolist() == EXPERTS[2].tolist()
 
 
+def test_slerp_by_hand():
+    # a quarter of a right angle from (1, 0) to (0, 2): sin(67.5 deg) of the one, sin(22.5 deg) of the other
+    experts = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert slerp(experts, fraction=0.25).tolist() == pytest.approx([0.9238795, 2 * 0.3826834], abs=1e-6)
+    base = torch.tensor([1.0, 1.0])
+    assert slerp(experts + base, base, fraction=0.25).tolist() == pytest.approx([1.9238795, 1.7653669], abs=1e-6)
+    assert slerp(experts[:1], fraction=0.25).tolist() == [1.0, 0.0]
+    alike = torch.tensor([[1.0, 0.0], [3.0, 0.01]])  # almost one direction: the chord
+    assert slerp(alike, fraction=0.25).tolist() == pytest.approx([1.5, 0.0025])
+
+
+def test_ties_by_hand():
+    base = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0])
+    changes = torch.tensor([[4.0, -3.0, 0.1, 2.0, 0.0], [2.0, 1.0, 0.2, -3.0, 0.1], [-1.0, -2.0, 0.3, 4.0, 0.0]])
+    # 3 of 5 are kept: (4, -3, ., 2, .), (2, 1, ., -3, .), (-1, -2, ., 4, .); signs +, -, ., +
+    wanted = [1 + 2 * (4 + 2) / 2, 1 - 2 * (3 + 2) / 2, 1.0, 1 + 2 * (2 + 4) / 2, 1.0]
+    assert ties(base, base + changes, density=0.6, scale=2.0).tolist() == pytest.approx(wanted)
+    # two of one size: both are kept, although int(0.2 * 5) is 1
+    equal = torch.tensor([[2.0, -2.0, 1.0, 0.0, 0.0]])
+    assert ties(base, base + equal, density=0.2).tolist() == [3.0, -1.0, 1.0, 1.0, 1.0]
+
+
+def test_narrowing_rounds_once():
+    """torch rounds to float32 first, which puts values next to a middle on the middle."""
+    middle = 1 + 2.0**-8  # between 1 and the next bfloat16
+    values = torch.tensor(
+        [middle + 2.0**-40, middle - 2.0**-40, middle, 1 + 3 * 2.0**-8, -middle - 2.0**-40, 0.0], dtype=torch.float64
+    )
+    assert narrow(values, torch.bfloat16).tolist() == [1 + 2.0**-7, 1.0, 1.0, 1 + 2.0**-6, -1 - 2.0**-7, 0.0]
+    assert values.to(torch.bfloat16)[0] == 1.0
+    many = torch.cat([values.repeat(50), torch.full((100,), middle, dtype=torch.float64)])
+    assert torch.equal(narrow(many, torch.bfloat16)[:6], narrow(values, torch.bfloat16))
+    half = torch.tensor([1 + 2.0**-11 + 2.0**-40, 2.0**-25 * 1.0000001, 70000.0], dtype=torch.float64)
+    assert narrow(half, torch.float16).tolist() == [1 + 2.0**-10, 2.0**-24, float("inf")]
+    assert torch.equal(narrow(torch.tensor(float("nan")).double(), torch.bfloat16).isnan(), torch.tensor(True))
+
+
+def test_sixteen_bit_sums_are_rounded_once():
+    """Against exact arithmetic in fractions."""
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.randn(3, 3000, generator=generator) * torch.randn(3, 3000, generator=generator).exp()
+    experts = experts.to(torch.bfloat16)
+    weights = (0.3125, 0.1875, 0.5)
+    merged = interpolation(experts, weights=weights)
+    pairs = interpolation(experts[:2], weights=(0.5, 0.5))
+    for column, (value, pair) in enumerate(zip(merged.tolist(), pairs.tolist(), strict=True)):
+        terms = [Fraction(x) for x in experts[:, column].tolist()]
+        assert_nearest(value, sum(Fraction(w) * x for w, x in zip(weights, terms, strict=True)))
+        assert_nearest(pair, (terms[0] + terms[1]) / 2)
+
+
+def assert_nearest(value, exact):
+    """`value` is the bfloat16 nearest to `exact`, with an even last bit where two are."""
+    if value == 0:
+        assert exact == 0
+        return
+    bits = torch.tensor(value).to(torch.bfloat16).view(torch.int16)
+    for step in (-1, 1):
+        other = Fraction((bits + step).to(torch.int16).view(torch.bfloat16).item())
+        here, there = abs(Fraction(value) - exact), abs(other - exact)
+        assert here < there or (here == there and int(bits) % 2 == 0)
+
+
 def test_sums_run_in_float32():
     # in bfloat16 each step would round 256 + 1 back to 256
     experts = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)
@@ -93,6 +167,13 @@ def test_sums_run_in_float32():
 )
 def test_expert_weights_follow_the_papers_rule(experts, wanted):
     assert expert_weights(experts, ratio=0.75) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_experts_that_the_paper_does_not_know_weigh_the_same():
+    tensors = {"layers.0.norm1.text.weight": torch.ones(2), "layers.0.norm1.joint.weight": torch.zeros(2)}
+    merged, record = merge_tensors(tensors, layout=OURS)
+    assert merged["layers.0.norm1.weight"].tolist() == [0.5, 0.5]
+    assert record.settings["weights"] == {"text": 1.0, "joint": 1.0}
 
 
 @pytest.mark.parametrize("experts", [("vision", "joint"), ("text", "generation"), ("vision", "vision"), ()])
@@ -186,7 +267,7 @@ def test_a_model_in_memory_is_merged_and_not_written_to():
     assert (record.num_merged, record.num_copied) == (3, 7)
     assert record.settings == {"ratio": 0.25, "use_experts": "all"}
     assert record.experts == ["vision", "text", "joint"]
-    assert (record.inputs, record.base, record.left_out, record.warnings) == ([], None, [], [])
+    assert (record.inputs, record.base, record.left_out, record.warnings) == ([], None, {}, [UNDECLARED])
 
 
 def test_defaults_are_recorded():
@@ -218,7 +299,8 @@ def test_used_experts_only():
     tensors = our_tensors()
     merged, record = merge_tensors(tensors, layout=OURS, settings={"use_experts": ["joint"]})
     assert torch.equal(merged["layers.1.norm1.weight"], tensors["layers.1.norm1.joint.weight"])
-    assert record.left_out == ["layers.1.norm1.text.weight", "layers.1.norm1.vision.weight"]
+    assert list(record.left_out) == ["layers.1.norm1.text.weight", "layers.1.norm1.vision.weight"]
+    assert set(record.left_out.values()) == {"use_experts is joint"}
     torch.testing.assert_close(
         merged["layers.0.norm1.weight"],
         (tensors["layers.0.norm1.vision.weight"] + tensors["layers.0.norm1.text.weight"]) / 2,
@@ -228,7 +310,7 @@ def test_used_experts_only():
         merged["layers.1.norm1.weight"],
         (tensors["layers.1.norm1.vision.weight"] + tensors["layers.1.norm1.text.weight"]) / 2,
     )
-    assert record.left_out == ["layers.1.norm1.joint.weight"]
+    assert record.left_out == {"layers.1.norm1.joint.weight": "use_experts is vision, text"}
     assert record.settings["use_experts"] == ["vision", "text"]
 
 
@@ -263,10 +345,11 @@ def test_the_result_has_the_experts_dtype_whatever_the_base_has():
 def test_what_was_ignored_is_said():
     tensors = our_tensors()
     _, record = merge_tensors(tensors, layout=OURS, base=our_seed(tensors))
-    assert record.warnings == ["interpolation uses no base; the one given was not read"]
+    assert record.warnings == ["interpolation uses no base; the one given was not read", UNDECLARED]
     del tensors["layers.0.norm1.text.weight"]
     _, record = merge_tensors(tensors, layout=OURS)
-    assert record.warnings == ["1 tensors are the only expert of their parameter, such as layers.0.norm1.vision.weight"]
+    alone = "1 tensors are the only expert of their parameter, such as layers.0.norm1.vision.weight"
+    assert record.warnings == [alone, UNDECLARED]
 
 
 @pytest.mark.parametrize(
@@ -382,8 +465,8 @@ def test_a_folder_is_merged(tmp_path):
     (source / "model.safetensors.index.json.txt").write_text("x")
     (source / "merge.json").write_text("{}")
     (source / "picture.png").write_bytes(b"x")
-    command = f"modalmerge merge {source} -o merged --set=use_experts=all --base={source}"
-    record = merge_checkpoint(source, tmp_path / "merged", settings={"ratio": 0.5}, command=command)
+    outcome = merge_checkpoint(source, tmp_path / "merged", recipe=Recipe(settings={"ratio": 0.5}))
+    record = outcome.record
     wanted, _ = merge_tensors(tensors, layout=OURS, settings={"ratio": 0.5})
     merged = open_checkpoint(tmp_path / "merged")
     assert merged.names == tuple(wanted)
@@ -392,6 +475,7 @@ def test_a_folder_is_merged(tmp_path):
     assert found == {
         "model.safetensors",
         "merge.json",
+        "README.md",
         "config.json",
         "tokenizer.json",
         "model.safetensors.index.json.txt",
@@ -400,11 +484,15 @@ def test_a_folder_is_merged(tmp_path):
     assert config == {"model_type": "modalmerge", "experts": [[], []]}
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert from_json((tmp_path / "merged" / "merge.json").read_text(), MergeRecord) == record
-    weights = source / "model.safetensors"
-    assert record.inputs == [
-        {"name": "model.safetensors", "sha256": sha256_file(weights), "bytes": weights.stat().st_size}
-    ]
-    assert record.command == "modalmerge merge experts -o merged --set=use_experts=all --base=experts"
+    (entry,) = record.inputs
+    assert (entry["name"], entry["num_tensors"]) == ("experts", len(tensors))
+    assert entry["bytes"] == outcome.bytes_read == sum(x.numel() * x.element_size() for x in tensors.values())
+    assert outcome.bytes_written == sum(x.numel() * x.element_size() for x in wanted.values())
+    header = source / "model.safetensors"
+    size = 8 + int.from_bytes(header.read_bytes()[:8], "little")
+    assert entry["headers"] == {"model.safetensors": hashlib.sha256(header.read_bytes()[:size]).hexdigest()}
+    assert record.config_changes == {"config.json": {"experts": [CONFIG["experts"], [[], []]]}}
+    assert record.undeclared == ["index", "words.weight"]
     assert str(tmp_path) not in (tmp_path / "merged" / "merge.json").read_text()
 
 
@@ -432,9 +520,10 @@ def test_a_file_is_merged_with_a_base(tmp_path):
     wanted, _ = merge_tensors(tensors, layout=OURS, method="arithmetic", settings={"scale": 0.5}, base=seed)
     merged = open_checkpoint(tmp_path / "merged")
     assert all(torch.equal(merged.tensor(name), wanted[name]) for name in wanted)
-    assert [entry["name"] for entry in record.base] == ["model.safetensors"]
+    assert (record.base["name"], record.base["num_tensors"]) == ("seed", record.num_merged)
     assert record.settings == {"scale": 0.5, "use_experts": "all"}
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
+        "README.md",
         "merge.json",
         "model.safetensors",
     ]
@@ -448,13 +537,14 @@ def test_a_file_is_merged_with_a_base(tmp_path):
         ({"layout": "modalmerg"}, "unknown layout 'modalmerg'; nearest: 'modalmerge'"),
         ({"layout": "vl-merging"}, "nothing to merge"),
         ({"settings": {"ratio": 3.0}}, "ratio"),
-        ({"base": Path("none.pt")}, "none.pt: no such file"),
     ],
 )
 def test_a_refused_merge_writes_nothing(tmp_path, arguments, message):
     source = write_model(tmp_path / "experts", our_tensors(), config_json=CONFIG)
     with pytest.raises(ValueError, match=message):
-        merge_checkpoint(source, tmp_path / "merged", **arguments)
+        merge_checkpoint(source, tmp_path / "merged", recipe=Recipe(**arguments))
+    with pytest.raises(ValueError, match="none.pt: no such file"):
+        merge_checkpoint(source, tmp_path / "merged", base="none.pt")
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -467,25 +557,8 @@ def test_an_existing_output_is_kept(tmp_path):
 
 def test_a_config_that_is_not_ours_is_named(tmp_path):
     source = write_model(tmp_path / "experts", our_tensors(), config_json={"model_type": "bert"})
-    with pytest.raises(ValueError, match=r"config\.json: wanted JSON with a list 'experts'"):
+    with pytest.raises(ValueError, match=r"config\.json: wanted a list 'experts', one entry per layer"):
         merge_checkpoint(source, tmp_path / "merged")
-
-
-def test_one_parameter_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    """All parameters are read in the order of writing, each right before it is computed."""
-    source = write_model(tmp_path / "experts", our_tensors())
-    events = []
-    original = METHODS["interpolation"]
-
-    def watched(experts, *, weights):
-        events.append("merge")
-        return original(experts, weights=weights)
-
-    read = torch.stack
-    monkeypatch.setitem(METHODS, "interpolation", watched)
-    monkeypatch.setattr(torch, "stack", lambda tensors: events.append("read") or read(tensors))
-    merge_checkpoint(source, tmp_path / "merged")
-    assert events == ["read", "merge"] * 3
 
 
 def test_the_package_can_be_called_after_its_parts_were_imported():

@@ -38,15 +38,21 @@ CELL = Cell(
 )
 MERGE = MergeRecord(
     version="0.1.0",
+    recipe={"method": "interpolation", "only": []},
     method="interpolation",
     settings={"ratio": 0.5, "use_experts": "all"},
     layout="modalmerge",
     experts=["vision", "text"],
-    inputs=[{"name": "model.safetensors", "sha256": "0", "bytes": 1}],
+    inputs=[{"name": "experts", "content": "0", "bytes": 1}],
     base=None,
     num_merged=1,
     num_copied=2,
-    left_out=[],
+    left_out={"a": "no place for it"},
+    undeclared=["b"],
+    remaining=[],
+    nonfinite={"c": 2},
+    config_changes={"config.json": {"model_type": ["a", "b"]}},
+    groups=[{"name": "d", "numbers": {"weights": [0.5, 0.5]}}],
     warnings=["ä"],
 )
 

@@ -6,6 +6,7 @@ be replaced by the package as soon as anything imports from it.
 
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +17,24 @@ if TYPE_CHECKING:
 class _CallablePackage(types.ModuleType):
     def __call__(
         self,
-        source: str | Path,
+        source: str | Path | Mapping[str, str | Path],
         output: str | Path,
         *,
         method: str = "interpolation",
-        layout: str | None = None,
+        layout: str = "",
         base: str | Path | None = None,
         **settings: Any,
     ) -> "MergeRecord":
-        """Merge the experts of a checkpoint into a new folder; see `modalmerge.merge.apply.merge_checkpoint`.
+        """Merge the experts of a checkpoint, or several checkpoints, into a new folder.
+
+        What else can be chosen (parts, dtype, tied, ...) is in `modalmerge.merge.apply.merge_checkpoint`.
 
         Args:
-            source: file or folder with the experts.
+            source: file, folder or hub id with the experts; or several checkpoints by name.
             output: folder to write; must not exist.
             method: a name of `METHODS`.
-            layout: a name of `LAYOUTS` or a file; None to find it by the names.
-            base: file or folder with the seed, where the method needs one.
+            layout: a name of `LAYOUTS` or a file; "" to find it by the names.
+            base: file or folder with the seed, where the method takes one.
             settings: the method's, by name.
 
         Returns:
@@ -41,15 +44,10 @@ class _CallablePackage(types.ModuleType):
             ValueError: as `merge_checkpoint`.
         """
         from modalmerge.merge.apply import merge_checkpoint
+        from modalmerge.merge.recipe import Recipe
 
-        return merge_checkpoint(
-            Path(source),
-            Path(output),
-            layout=layout,
-            method=method,
-            base=None if base is None else Path(base),
-            settings=settings,
-        )
+        recipe = Recipe(method=method, layout=layout, settings=settings)
+        return merge_checkpoint(source, Path(output), recipe=recipe, base=base).record
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -1,16 +1,15 @@
-"""Apply a merge method to every parameter that has experts, and carry the rest over.
-
-Everything is planned from names, dtypes and shapes before the first value is read, so what is wrong with the
-inputs or the settings is said before anything is written.
-"""
+"""Merge: plan what to write, write it, and leave a record with it."""
 
 import dataclasses
-import inspect
+import hashlib
 import json
-import math
 import os
-import shlex
-from collections.abc import Callable, Mapping
+import resource
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +18,47 @@ from torch import Tensor
 
 from modalmerge import __version__
 from modalmerge.checkpoint import (
-    INDEX,
-    WEIGHTS,
     Checkpoint,
+    PartialFolder,
+    ShardWriter,
     TensorInfo,
-    atomic_folder,
+    keep_on_disk_errors,
     open_checkpoint,
-    sha256_file,
     write_files,
-    write_safetensors,
 )
-from modalmerge.layouts import Layout, detect, load_layout
-from modalmerge.merge.methods import METHODS, expert_weights, needs, setting_parameters
-from modalmerge.records import MergeRecord, to_json
-from modalmerge.registry import find, unknown
+from modalmerge.layouts import ZEROS, Layout, detect, load_layout
+from modalmerge.merge.card import model_card
+from modalmerge.merge.carry import CARD, RECORD, carried_files, edit_config
+from modalmerge.merge.plan import Output, Plan, Source, plan_experts, plan_models
+from modalmerge.merge.recipe import Recipe, to_dict
+from modalmerge.merge.stream import PIECE, Done, Report, compute, content_hash, run
+from modalmerge.merge.surveys import PIECEWISE, SURVEYS
+from modalmerge.records import MergeRecord, from_json, to_json
 
-RECORD = "merge.json"
-DEFAULT_RATIO = 0.5  # the share of vision with which the paper's tables are made
-
-_MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_CARRIED_BYTES = 64 * 2**20  # the largest tokenizers in use take about 30 MiB
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Step:
-    """One parameter to compute: the native names of its experts, and the settings it is called with."""
-
-    natives: tuple[str, ...]
-    settings: Mapping[str, Any]
-    info: TensorInfo
+PLAIN = Recipe()
+_VERIFIED_OUTPUTS = 256  # tensors looked at by verify, in up to three places each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What to write: merged names to steps, or to the native name of a tensor that is carried over."""
+class MergeOutcome:
+    """A merge that is done.
 
-    method: str
-    settings: dict[str, Any]
-    layout: Layout
-    experts: tuple[str, ...]
-    needs_base: bool
-    outputs: Mapping[str, _Step | str]
-    infos: Mapping[str, TensorInfo]
-    left_out: tuple[str, ...]
-    warnings: tuple[str, ...]
+    Args:
+        record: what was done, as in merge.json.
+        output: the folder.
+        bytes_read, bytes_written: of weights, in this call.
+        seconds: that it took.
+        peak_rss_bytes: most memory that the process has had, pages of files included.
+        num_verified: tensors that were read back and compared.
+    """
+
+    record: MergeRecord
+    output: Path
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_rss_bytes: int
+    num_verified: int
 
 
 def merge_tensors(
@@ -80,348 +75,383 @@ def merge_tensors(
         tensors: native name to tensor; not written to.
         layout: what the names mean.
         method: a name of `METHODS`.
-        settings: the method's settings by name; see `merge_checkpoint`.
-        base: merged name to tensor of the seed, for methods that need one; not written to.
+        settings: the method's settings by name; see `resolve_settings`.
+        base: merged name to tensor of the seed, for methods that take one; not written to.
 
     Returns:
         Merged name to new tensor, in sorted order, in the experts' dtype; tensors that are carried over are
         copies. And the record of it, without files.
 
     Raises:
-        ValueError: as `merge_checkpoint`.
+        ValueError: as `plan_experts`.
     """
-    base_infos = None if base is None else _infos_of(base)
-    plan = _plan(_infos_of(tensors), layout=layout, method=method, settings=settings or {}, base=base_infos)
-    read_base = (base or {}).__getitem__
+    recipe = Recipe(method=method, settings=settings or {}, layout=layout.name)
+    inputs = (tensors, base or {})
+    plan = plan_experts(_infos_of(tensors), layout, recipe, base=None if base is None else _infos_of(base))
     merged = {}
-    for name, step in plan.outputs.items():
-        value = _compute(plan, name, read=tensors.__getitem__, read_base=read_base)
-        merged[name] = value.clone() if isinstance(step, str) else value
-    return merged, _record(plan, inputs=[], base=None, command="")
+    for output in plan.outputs:
+        if output.is_copy:
+            merged[output.name] = tensors[output.name].clone()
+        else:
+            try:
+                merged[output.name] = compute(plan, output, lambda source: inputs[source.checkpoint][source.name])
+            except Exception as error:
+                error.add_note(f"while merging {output.name}")
+                raise
+    return merged, _record(plan, _resolved(recipe, plan), {}, inputs=[], base=None, config_changes={}, notes=())
 
 
 def merge_checkpoint(
-    source: Path,
+    sources: Path | str | Mapping[str, Path | str],
     output: Path,
     *,
-    layout: str | None = None,
-    method: str = "interpolation",
-    base: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    command: str = "",
-) -> MergeRecord:
-    """Merge the experts of a checkpoint into a new folder.
+    recipe: Recipe = PLAIN,
+    base: Path | str | None = None,
+    resume: bool = False,
+    verify: bool = False,
+    device: str = "cpu",
+    num_threads: int = 0,
+    report: Report | None = None,
+) -> MergeOutcome:
+    """Merge the experts inside a checkpoint, or several checkpoints, into a new folder.
 
-    The folder holds model.safetensors, merge.json (what was done), config.json (for the layout "modalmerge"
-    with no experts left in it), and the source's tokenizer and other small text files.
+    The folder holds the weights as safetensors, the configuration, tokenizer and other small files of the input, a
+    model card and merge.json (what was done). Equal inputs and recipes give equal bytes. A kill or a full disk leaves
+    what was finished beside `output`, to be gone on with; any other error leaves nothing.
 
     Args:
-        source: file or folder with the experts, as `open_checkpoint` reads it.
+        sources: a file, folder or hub id as `open_checkpoint` reads it, with experts inside; or several by name, whose
+            equal names are merged.
         output: folder to write; must not exist.
-        layout: a name of `LAYOUTS` or a layout file; None to find it by the names.
-        method: a name of `METHODS`.
-        base: file or folder with the seed, for methods that need one. It is modality-agnostic: its tensors
+        recipe: what to do.
+        base: the seed, for methods that take one. For experts inside a checkpoint it is modality-agnostic: its tensors
             have the merged names.
-        settings: the method's own, checked against its signature, and these. For a method with weights either
-            `ratio`, the share of vision (default 0.5, see `expert_weights`), or `weights`, a number for each
-            expert by name; those of the experts that a parameter has are divided by their sum. For every
-            method `use_experts`: "all", or a list of experts. Parameters that have all of these and more then
-            use these alone, and the others are left out. So the authors' "used experts only" is
-            ["vision", "text"] for retrieval and ["joint"] for question answering: fusion layers have all
-            three, a task uses some; layers before them have vision and text, and merge both either way.
-        command: what the user typed, for the record; folders of absolute paths in it are dropped.
+        resume: go on with a merge of the same inputs and recipe to the same output that was cut off.
+        verify: read the result back and compare a sample of it with a computation of its own.
+        device: where methods compute that need a whole parameter at once.
+        num_threads: of reading, computing and writing; 0 for one per core, at most 8.
+        report: called now and then with the bytes that are written and the bytes there are.
 
     Returns:
-        The record, as written to merge.json.
+        What was done.
 
     Raises:
-        ValueError: `output` exists; method, layout or a setting is unknown or not allowed; the experts of a
-            parameter differ in shape or dtype; the base lacks a parameter or has another shape; there is
-            nothing to merge; a file cannot be read or written. The message names the tensor or file. Nothing
-            is left behind.
+        ValueError: `output` exists; method, layout or a setting is unknown or not allowed; tensors do not fit each
+            other, hold NaN or infinities, or there is nothing to merge; a file cannot be read or written, or the disk
+            has too little room. The message names the tensor and the file.
     """
-    if os.path.lexists(output):
-        raise ValueError(f"{output} exists and is not overwritten; remove it or choose another name")
-    experts = open_checkpoint(source)
-    found = detect(experts.names) if layout is None else load_layout(layout)
+    began = time.monotonic()
+    named = sources if isinstance(sources, Mapping) else {_name_of(sources): sources}
+    _check_names(named)
+    opened = {name: open_checkpoint(source) for name, source in named.items()}
     seed = None if base is None else open_checkpoint(base)
-    plan = _plan(
-        experts.infos,
-        layout=found,
-        method=method,
-        settings=settings or {},
-        base=None if seed is None else seed.infos,
-    )
-    files = _carried_files(Path(source), found)
-    recipe = {"layout": found.name, "method": method, "settings": plan.settings}
-    metadata = {"format": "pt", "modalmerge": __version__, "recipe": json.dumps(recipe, sort_keys=True)}
+    layout, plan = _plan(opened, recipe, seed)
+    resolved = _resolved(recipe, plan, layout)
+    files = carried_files(opened, config_from=recipe.config_from)
+    files, config_changes = edit_config(files, plan, layout, recipe)
+    inputs = [*opened.values(), *([seed] if seed is not None else [])]
+    headers = {name: dict(checkpoint.header_hashes) for name, checkpoint in opened.items()}
+    if resume and _is_same_merge(output, resolved, headers):
+        record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
+        return _outcome(record, output, began, bytes_read=0, bytes_written=0, num_verified=0)
+    metadata = {
+        "format": "pt",
+        "modalmerge": __version__,
+        "recipe": json.dumps(resolved, sort_keys=True),
+        "inputs": json.dumps(headers, sort_keys=True),
+    }
+    finished: dict[str, Done] = {}
+    before = 0
+    with PartialFolder(output, fingerprint=_fingerprint(resolved, inputs), resume=resume) as partial:
+        finished = {name: _done_from(entry) for name, entry in partial.finished.items()}
+        before = sum(x.num_bytes for x in plan.outputs if x.name in finished)
+        _check_room(output, plan.num_bytes - before)
 
-    def read_base(name: str) -> Tensor:
-        assert seed is not None, "the plan asks for a base only where there is one"
-        return seed.tensor(name)
+        def on_done(which: Output, done: Done) -> None:
+            finished[which.name] = done
+            partial.note(which.name, _done_to(done))
 
-    with atomic_folder(output) as folder:
-        write_safetensors(
-            folder / WEIGHTS,
-            plan.infos,
-            read=lambda name: _compute(plan, name, read=experts.tensor, read_base=read_base),
-            metadata=metadata,
-        )
-        record = _record(
-            plan,
-            inputs=_describe_files(experts),
-            base=_describe_files(seed) if seed is not None and plan.needs_base else None,
-            command=_without_folders(command),
-        )
-        write_files(folder, {**files, RECORD: (to_json(record, indent=2) + "\n").encode()})
-    return record
-
-
-def _plan(
-    infos: Mapping[str, TensorInfo],
-    *,
-    layout: Layout,
-    method: str,
-    settings: Mapping[str, Any],
-    base: Mapping[str, TensorInfo] | None,
-) -> _Plan:
-    function = find(METHODS, method, "merge method")
-    groups = layout.plan(infos)
-    present = {expert for group in groups.values() if isinstance(group, dict) for expert in group}
-    experts = tuple(expert for expert in layout.expert_names if expert in present)
-    if not experts:
-        raise ValueError(f"layout {layout.name}: none of the {len(infos)} tensors is an expert's; nothing to merge")
-    resolved = _resolve_settings(method, settings, experts)
-    needs_base = "base" in needs(function)
-    if needs_base and base is None:
-        raise ValueError(f"{method} needs the seed that the experts started from; give it as base")
-    outputs: dict[str, _Step | str] = {}
-    left_out: list[str] = []
-    alone: list[str] = []
-    for merged_name, group in groups.items():
-        if isinstance(group, str):
-            outputs[merged_name] = group
-            continue
-        used = _used_experts(tuple(group), resolved["use_experts"])
-        left_out += [name for expert, name in group.items() if expert not in used]
-        natives = tuple(group[expert] for expert in used)
-        if len(group) == 1:
-            alone += natives
-        info = _common_info(merged_name, natives, infos)
-        if needs_base:
-            _check_base(merged_name, info, base or {}, layout)
-        outputs[merged_name] = _Step(
-            natives=natives, settings=_settings_for(merged_name, used, function, resolved), info=info
-        )
-    warnings = []
-    if base is not None and not needs_base:
-        warnings.append(f"{method} uses no base; the one given was not read")
-    if alone and len(experts) > 1:
-        warnings.append(f"{len(alone)} tensors are the only expert of their parameter, such as {alone[0]}")
-    return _Plan(
-        method=method,
-        settings=resolved,
-        layout=layout,
-        experts=experts,
-        needs_base=needs_base,
-        outputs=outputs,
-        infos={name: infos[x] if isinstance(x, str) else x.info for name, x in outputs.items()},
-        left_out=tuple(sorted(left_out)),
-        warnings=tuple(warnings),
-    )
-
-
-def _compute(plan: _Plan, name: str, *, read: Callable[[str], Tensor], read_base: Callable[[str], Tensor]) -> Tensor:
-    """Compute one output; a tensor that is carried over is returned as it was read."""
-    step = plan.outputs[name]
-    if isinstance(step, str):
-        return read(step)
-    supplied = {"experts": torch.stack([read(native) for native in step.natives])}
-    if plan.needs_base:
-        seed, experts = read_base(name), supplied["experts"]
-        # a method answers in the base's dtype, which must not be narrower than the experts'
-        supplied["base"] = seed.to(experts.device, torch.promote_types(seed.dtype, experts.dtype))
-    function = METHODS[plan.method]
-    try:
-        merged = function(*(supplied[need] for need in needs(function)), **step.settings)
-    except Exception as error:
-        error.add_note(f"while merging {name}")
-        raise
-    return merged.to(step.info.dtype)
-
-
-def _resolve_settings(method: str, settings: Mapping[str, Any], experts: tuple[str, ...]) -> dict[str, Any]:
-    """Check the user's settings and fill in the defaults; the result is what the record holds."""
-    parameters = setting_parameters(METHODS[method])
-    known = {*parameters, "use_experts", *(["ratio"] if "weights" in parameters else [])}
-    for name in settings:
-        if name not in known:
-            raise unknown(name, known, f"setting of {method}")
-    resolved: dict[str, Any] = {"use_experts": _check_use_experts(settings.get("use_experts", "all"), experts)}
-    for name, parameter in parameters.items():
-        if name == "weights":
-            continue
-        value = settings.get(name, parameter.default)
-        if value is inspect.Parameter.empty:
-            raise ValueError(f"{method} needs the setting {name}; give it a value")
-        resolved[name] = _check_type(method, name, value, parameter.annotation)
-    if "weights" in parameters:
-        if "weights" in settings and "ratio" in settings:
-            raise ValueError(f"{method}: ratio and weights exclude each other; give one")
-        if "weights" in settings:
-            resolved["weights"] = _check_weights(method, settings["weights"], experts)
-        else:
-            resolved["ratio"] = _check_type(method, "ratio", settings.get("ratio", DEFAULT_RATIO), float)
-    return resolved
-
-
-def _check_type(method: str, name: str, value: Any, wanted: Any) -> Any:
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-        raise ValueError(f"{method}: {name} must be {wanted.__name__}, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{method}: {name} must be finite, got {value}")
-    return value
-
-
-def _check_weights(method: str, weights: Any, experts: tuple[str, ...]) -> dict[str, float]:
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"{method}: weights must map each expert to a number, got {weights!r}")
-    for expert in weights:
-        if expert not in experts:
-            raise unknown(str(expert), experts, "expert")
-    missing = [expert for expert in experts if expert not in weights]
-    if missing:
-        raise ValueError(f"{method}: weights lack {', '.join(missing)}; give 0 to leave an expert out")
-    return {expert: _check_type(method, f"weights[{expert!r}]", weights[expert], float) for expert in experts}
-
-
-def _check_use_experts(use_experts: Any, experts: tuple[str, ...]) -> str | list[str]:
-    if use_experts == "all":
-        return "all"
-    if isinstance(use_experts, str) or not isinstance(use_experts, (list, tuple)) or not use_experts:
-        raise ValueError(f"use_experts must be 'all' or a list of {', '.join(experts)}, got {use_experts!r}")
-    for expert in use_experts:
-        if expert not in experts:
-            raise unknown(str(expert), experts, "expert")
-    return [expert for expert in experts if expert in use_experts]
-
-
-def _used_experts(group: tuple[str, ...], use_experts: str | list[str]) -> tuple[str, ...]:
-    if use_experts != "all" and set(use_experts) <= set(group):
-        return tuple(expert for expert in group if expert in use_experts)
-    return group
-
-
-def _settings_for(
-    merged_name: str, used: tuple[str, ...], function: Callable[..., Tensor], resolved: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Turn the settings for the whole model into those for one parameter."""
-    parameters = setting_parameters(function)
-    settings = {name: resolved[name] for name in parameters if name != "weights"}
-    if "weights" not in parameters:
-        return settings
-    try:
-        if "ratio" in resolved:
-            return {**settings, "weights": expert_weights(used, ratio=resolved["ratio"])}
-        total = math.fsum(resolved["weights"][expert] for expert in used)
-        if total == 0:
-            raise ValueError(f"weights of {', '.join(used)} sum to 0")
-        return {**settings, "weights": tuple(resolved["weights"][expert] / total for expert in used)}
-    except ValueError as error:
-        raise ValueError(f"{merged_name}: {error}") from error
-
-
-def _common_info(merged_name: str, natives: tuple[str, ...], infos: Mapping[str, TensorInfo]) -> TensorInfo:
-    first = infos[natives[0]]
-    if first.dtype not in _MERGEABLE:
-        raise ValueError(f"{natives[0]}: {first.dtype} cannot be merged; convert the experts to a float dtype first")
-    for native in natives[1:]:
-        if infos[native] != first:
-            raise ValueError(
-                f"{merged_name}: its experts differ: {natives[0]!r} is {_show(first)}, {native!r} is "
-                f"{_show(infos[native])}; they must have one shape and dtype to be merged"
+        with keep_on_disk_errors(partial):
+            writer = ShardWriter(partial.folder, plan.infos, metadata=metadata, shard_bytes=recipe.shard_bytes)
+            try:
+                run(
+                    plan,
+                    inputs,
+                    writer,
+                    skip=frozenset(finished),
+                    allow_nonfinite=recipe.allow_nonfinite,
+                    device=device,
+                    num_threads=num_threads or min(8, os.cpu_count() or 1),
+                    on_done=on_done,
+                    report=report,
+                )
+            finally:
+                writer.close()
+            record = _record(
+                plan,
+                resolved,
+                finished,
+                inputs=[_describe(name, n, opened[name], finished) for n, name in enumerate(opened)],
+                base=_describe(_name_of(base), plan.num_inputs, seed, finished)
+                if seed is not None and base is not None and plan.uses_base
+                else None,
+                config_changes=config_changes,
+                notes=tuple(note for checkpoint in inputs for note in checkpoint.notes),
             )
-    return first
+            small = {**files, RECORD: (to_json(record, indent=2) + "\n").encode()}
+            small[CARD] = model_card(record, layout).encode()
+            for name in small:
+                (partial.folder / name).unlink(missing_ok=True)  # left there by a kill
+            write_files(partial.folder, small)
+        num_verified = _verify(partial.folder, plan, inputs) if verify else 0
+    for checkpoint in inputs:
+        checkpoint.close()
+    read = sum(done.bytes_read for done in finished.values())
+    written = plan.num_bytes - before
+    return _outcome(record, output, began, bytes_read=read, bytes_written=written, num_verified=num_verified)
 
 
-def _check_base(merged_name: str, info: TensorInfo, base: Mapping[str, TensorInfo], layout: Layout) -> None:
-    if merged_name not in base:
-        advice = "is it the seed of this model?"
-        if any(layout.place(name)[1] is not None for name in base):
-            advice = "it has experts itself: merge them first"
-        raise ValueError(f"the base lacks {merged_name!r}; {advice}")
-    if base[merged_name].shape != info.shape or base[merged_name].dtype not in _MERGEABLE:
+def name_sources(words: Sequence[str]) -> dict[str, str]:
+    """Read the checkpoints that a user named: PATH, or NAME=PATH.
+
+    Returns:
+        Name to path; the name is the last part of the path where none is given.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    named: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or os.path.lexists(word) or "/" in name:
+            name, path = _name_of(word), word
+        if name in named:
+            raise ValueError(
+                f"two checkpoints are called {name!r} ({named[name]} and {path}); give them names, as in "
+                f"first={named[name]} second={path}"
+            )
+        named[name] = path
+    return named
+
+
+def _name_of(source: Path | str) -> str:
+    return Path(source).name or Path(source).resolve().name
+
+
+def _check_names(named: Mapping[str, Path | str]) -> None:
+    for name in named:
+        if not name or "/" in name or name in (".", ".."):
+            raise ValueError(f"a checkpoint cannot be called {name!r}; give it a name, as in first=PATH")
+
+
+def _plan(opened: Mapping[str, Checkpoint], recipe: Recipe, seed: Checkpoint | None) -> tuple[Layout | None, Plan]:
+    base = None if seed is None else seed.infos
+    if len(opened) > 1:
+        return None, plan_models({name: checkpoint.infos for name, checkpoint in opened.items()}, recipe, base=base)
+    (checkpoint,) = opened.values()
+    layout = load_layout(recipe.layout) if recipe.layout else detect(checkpoint.names)
+    return layout, plan_experts(checkpoint.infos, layout, recipe, base=base)
+
+
+def _resolved(recipe: Recipe, plan: Plan, layout: Layout | None = None) -> dict[str, Any]:
+    name = layout.name if layout is not None else recipe.layout
+    return to_dict(dataclasses.replace(recipe, settings=plan.settings, layout=name))
+
+
+def _fingerprint(resolved: Mapping[str, Any], inputs: Sequence[Checkpoint]) -> str:
+    """Hash what must be equal for a merge to be gone on with: recipe, version, and the input files."""
+    files = []
+    for checkpoint in inputs:
+        stats = [path.stat() for path in checkpoint.files]
+        files.append([dict(checkpoint.header_hashes), [[x.st_size, x.st_mtime_ns] for x in stats]])
+    text = json.dumps([__version__, resolved, files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_same_merge(output: Path, resolved: Mapping[str, Any], headers: Mapping[str, Mapping[str, str]]) -> bool:
+    """Tell whether `output` is this merge already, so that a second `--resume` finds it done."""
+    if not (output / RECORD).is_file():
+        return False
+    record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
+    return record.recipe == resolved and {x["name"]: x["headers"] for x in record.inputs} == headers
+
+
+def _check_room(output: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if free < num_bytes:
         raise ValueError(
-            f"{merged_name!r} is {_show(base[merged_name])} in the base and {_show(info)} in the experts; "
-            "the shapes must be equal and the dtypes float"
+            f"{output}: {num_bytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free there; make room or "
+            "choose another place with -o"
         )
 
 
-def _show(info: TensorInfo) -> str:
-    return f"{list(info.shape)} {str(info.dtype).removeprefix('torch.')}"
+def _describe(name: str, number: int, checkpoint: Checkpoint, finished: Mapping[str, Done]) -> dict[str, Any]:
+    digests = {
+        source.name: digest
+        for done in finished.values()
+        for source, digest in done.digests.items()
+        if source.checkpoint == number
+    }
+    return {
+        "name": name,
+        "headers": dict(checkpoint.header_hashes),
+        "content": content_hash(checkpoint.infos, digests),
+        "num_tensors": len(digests),
+        "bytes": sum(checkpoint.num_bytes(tensor) for tensor in digests),
+    }
 
 
 def _record(
-    plan: _Plan, *, inputs: list[dict[str, Any]], base: list[dict[str, Any]] | None, command: str
+    plan: Plan,
+    resolved: dict[str, Any],
+    finished: Mapping[str, Done],
+    *,
+    inputs: list[dict[str, Any]],
+    base: dict[str, Any] | None,
+    config_changes: dict[str, Any],
+    notes: tuple[str, ...],
 ) -> MergeRecord:
-    num_copied = sum(isinstance(step, str) for step in plan.outputs.values())
+    names = [*plan.experts, "base"] if not plan.layout else ["", "base"]
+    nonfinite = {
+        f"{names[source.checkpoint]}: {source.name}".removeprefix(": "): count
+        for done in finished.values()
+        for source, count in done.nonfinite.items()
+    }
+    warnings = [*notes, *plan.warnings]
+    if nonfinite:
+        warnings.append(f"{len(nonfinite)} tensors hold NaN or infinite elements, such as {min(nonfinite)}")
+    merged = [output for output in plan.outputs if not output.is_copy]
     return MergeRecord(
         version=__version__,
+        recipe=resolved,
         method=plan.method,
-        settings=plan.settings,
-        layout=plan.layout.name,
+        settings=dict(plan.settings),
+        layout=plan.layout,
         experts=list(plan.experts),
         inputs=inputs,
         base=base,
-        num_merged=len(plan.outputs) - num_copied,
-        num_copied=num_copied,
-        left_out=list(plan.left_out),
-        warnings=list(plan.warnings),
-        command=command,
+        num_merged=len(merged),
+        num_copied=len(plan.outputs) - len(merged),
+        left_out=dict(plan.left_out),
+        undeclared=list(plan.undeclared),
+        remaining=list(plan.remaining),
+        nonfinite=dict(sorted(nonfinite.items())),
+        config_changes=config_changes,
+        groups=[_group(output, finished.get(output.name)) for output in merged],
+        warnings=warnings,
+    )
+
+
+def _group(output: Output, done: Done | None) -> dict[str, Any]:
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in output.settings.items()}
+    group = {
+        "name": output.name,
+        "experts": list(output.experts),
+        "part": output.part,
+        "layer": output.layer,
+        "elements": output.num_elements,
+        "settings": settings,
+    }
+    return {**group, "numbers": done.numbers} if done is not None and done.numbers else group
+
+
+def _done_to(done: Done) -> dict[str, Any]:
+    def key(source: Source) -> str:
+        return f"{source.checkpoint} {source.name}"
+
+    return {
+        "digests": {key(source): digest for source, digest in done.digests.items()},
+        "nonfinite": {key(source): count for source, count in done.nonfinite.items()},
+        "numbers": done.numbers,
+    }
+
+
+def _done_from(entry: Mapping[str, Any]) -> Done:
+    def source(key: str) -> Source:
+        number, _, name = key.partition(" ")
+        return Source(int(number), name)
+
+    return Done(
+        digests={source(key): digest for key, digest in entry["digests"].items()},
+        nonfinite={source(key): count for key, count in entry["nonfinite"].items()},
+        numbers=entry["numbers"],
+        bytes_read=0,
+    )
+
+
+def _verify(folder: Path, plan: Plan, inputs: Sequence[Checkpoint]) -> int:
+    """Read a sample of the result back and compare it with what the method gives for the same elements.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        ValueError: something is not as it should be.
+    """
+    with open_checkpoint(folder) as written:
+        if dict(written.infos) != plan.infos:
+            raise ValueError(f"{folder}: verification failed: the names or shapes written are not those planned")
+        step = max(1, len(plan.outputs) // _VERIFIED_OUTPUTS)
+        chosen = plan.outputs[::step]
+        for output in chosen:
+            for begin, end in _looked_at(output, whole=plan.method in SURVEYS or plan.method not in PIECEWISE):
+                wanted = _recompute(plan, output, inputs, begin, end)
+                for name in output.written_as:
+                    found = _elements(written, name, begin, end)
+                    if not torch.equal(_bits(found), _bits(wanted)):
+                        raise ValueError(
+                            f"verification failed: {name} differs from a second computation between elements {begin} "
+                            f"and {end}; is the disk or memory at fault? Nothing was kept"
+                        )
+        return len(chosen)
+
+
+def _looked_at(output: Output, *, whole: bool) -> list[tuple[int, int]]:
+    """Choose the elements to compare: the first, the last, and some by the name, or all."""
+    num = output.num_elements
+    if num <= PIECE or (whole and not output.is_copy):
+        return [(0, num)]
+    middle = zlib.crc32(output.name.encode()) % (num - PIECE)
+    return [(0, PIECE), (middle, middle + PIECE), (num - PIECE, num)]
+
+
+def _recompute(plan: Plan, output: Output, inputs: Sequence[Checkpoint], begin: int, end: int) -> Tensor:
+    def read(source: Source) -> Tensor:
+        return _elements(inputs[source.checkpoint], source.name, begin, end)
+
+    if output.is_copy:
+        return read(output.sources[0]).to(output.info.dtype)
+    part = dataclasses.replace(output, info=TensorInfo(output.info.dtype, (end - begin,)))
+    if any(source.name != ZEROS for source in part.sources):
+        return compute(plan, part, read)
+    return torch.zeros(end - begin, dtype=output.info.dtype)
+
+
+def _elements(checkpoint: Checkpoint, name: str, begin: int, end: int) -> Tensor:
+    values = torch.empty(end - begin, dtype=checkpoint.dtype(name))
+    if values.numel():
+        checkpoint.read_into(name, begin * values.element_size(), values.view(torch.uint8).numpy().data)
+    return values
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)
+
+
+def _outcome(
+    record: MergeRecord, output: Path, began: float, *, bytes_read: int, bytes_written: int, num_verified: int
+) -> MergeOutcome:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return MergeOutcome(
+        record=record,
+        output=output,
+        bytes_read=bytes_read,
+        bytes_written=bytes_written,
+        seconds=time.monotonic() - began,
+        peak_rss_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        num_verified=num_verified,
     )
 
 
 def _infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def _describe_files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    return [{"name": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size} for path in checkpoint.files]
-
-
-def _carried_files(source: Path, layout: Layout) -> dict[str, bytes]:
-    """Read the small files that belong to a model folder, config.json changed where the layout is ours."""
-    if not source.is_dir():
-        return {}
-    files = {}
-    for path in sorted(source.iterdir()):
-        if not path.is_file() or path.suffix not in _CARRIED_SUFFIXES or path.name in (INDEX, RECORD):
-            continue
-        if path.stat().st_size > _CARRIED_BYTES:
-            raise ValueError(
-                f"{path}: more than {_CARRIED_BYTES >> 20} MiB, too large to be carried over; move it away"
-            )
-        files[path.name] = path.read_bytes()
-    if layout.name == "modalmerge" and "config.json" in files:
-        files["config.json"] = _without_experts(source / "config.json", files["config.json"])
-    return files
-
-
-def _without_experts(path: Path, content: bytes) -> bytes:
-    try:
-        config = json.loads(content)
-        config["experts"] = [[] for _ in config["experts"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: wanted JSON with a list 'experts', one entry per layer") from error
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _without_folders(command: str) -> str:
-    """Drop the folders of absolute paths: a record is shared, and they say nothing outside one machine."""
-    words = []
-    for word in shlex.split(command):
-        option, equals, value = word.rpartition("=")
-        words.append(f"{option}{equals}{Path(value).name}" if value.startswith("/") else word)
-    return shlex.join(words)

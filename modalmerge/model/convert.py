@@ -191,22 +191,45 @@ def to_authors(
     Raises:
         ValueError: a tensor is missing, unknown or misshapen for `config`; the message names it.
 
-    Source: the authors' code, commit 13c3041. The text position table, the mask token and everything about
-        video are zeros: their image models store but never read them.
+    Source: the authors' code, commit 13c3041.
     """
     check_fit(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         expected_shapes(config),
         source="tensors to convert",
     )
+    built = inert_tensors(
+        config, dtype=tensors["position_bias_table"].dtype, joint_index=joint_index, position_ids=position_ids
+    )
+    converted = {theirs: tensors[name] for name, theirs in names(config).items()}
+    return {**converted, **built}, Conversion(built=tuple(sorted(built)))
+
+
+def inert_tensors(
+    config: ModalMergeConfig, *, dtype: torch.dtype, joint_index: bool | None = None, position_ids: bool = False
+) -> dict[str, Tensor]:
+    """Make the tensors that the authors' models store and never compute with, all of them in `INERT`.
+
+    Args:
+        config: of the model.
+        dtype: of what is no index.
+        joint_index: as for `to_authors`.
+        position_ids: as for `to_authors`.
+
+    Returns:
+        Their names to new tensors on the CPU.
+
+    Source: the authors' code, commit 13c3041. The text position table, the mask token and everything about
+        video are zeros: their image models store but never read them.
+    """
     grid, length, text_range = config.grid_size, config.max_text_length, config.text_position_range
-    table = tensors["position_bias_table"]
+    columns = config.num_hidden_layers * config.num_attention_heads
     image = positions.image_index(grid)
     joint = positions.joint_index(length, grid, text_range).float()  # float32 in their checkpoints
     built = {
-        "text_embeddings.position_embeddings.weight": table.new_zeros(length, config.hidden_size),
-        "transformer.mask_token": table.new_zeros(1, 1, config.hidden_size),
-        "temporal_relative_position_bias_table": table.new_zeros(2, table.shape[1]),
+        "text_embeddings.position_embeddings.weight": torch.zeros(length, config.hidden_size, dtype=dtype),
+        "transformer.mask_token": torch.zeros(1, 1, config.hidden_size, dtype=dtype),
+        "temporal_relative_position_bias_table": torch.zeros(2, columns, dtype=dtype),
         "mask_for_combining_temporal": torch.zeros(1, *image.shape),
         "relative_position_index": image,
         "text_relative_position_index": positions.text_index(length, grid, text_range),
@@ -220,8 +243,7 @@ def to_authors(
         built["vl_text_video_relative_position_index"] = torch.zeros_like(joint)
     if position_ids:
         built["text_embeddings.position_ids"] = torch.arange(length)[None]
-    converted = {theirs: tensors[name] for name, theirs in names(config).items()}
-    return {**converted, **built}, Conversion(built=tuple(sorted(built)))
+    return built
 
 
 def expand_experts(
@@ -284,6 +306,11 @@ def resize_image(
     new = change_config(config, image_size=image_size)
     table = positions.resize_table(tensors["position_bias_table"], old_grid=config.grid_size, new_grid=new.grid_size)
     return {**tensors, "position_bias_table": table}, new
+
+
+def usual_fusion_start(num_layers: int) -> int:
+    """Say where the authors and VLMo start the joint experts: block 21 of 24, else the last but one."""
+    return 21 if num_layers == 24 else max(1, num_layers - 2)
 
 
 def names(config: ModalMergeConfig) -> dict[str, str]:
@@ -418,7 +445,7 @@ def _fusion_start(experts: Sequence[Sequence[str]], joint_layers: set[int], give
     num_layers = len(experts)
     without = [layer for layer, components in enumerate(experts) if components and layer not in joint_layers]
     first, last = max(without, default=0) + 1, min(joint_layers, default=num_layers)
-    usual = 21 if num_layers == 24 else max(1, num_layers - 2)
+    usual = usual_fusion_start(num_layers)
     if first > last:
         raise ValueError(
             "authors' checkpoint: joint experts (.vl.) must start behind block 0 and then be wherever there "

@@ -14,14 +14,18 @@ from modalmerge.merge.methods.elementwise import (
     arithmetic_as_released,
     expert_weights,
     interpolation,
+    slerp,
+    ties,
 )
 
-__all__ = ["METHODS", "expert_weights", "needs", "setting_parameters"]
+__all__ = ["METHODS", "expert_weights", "needs", "setting_parameters", "takes"]
 
 METHODS: Mapping[str, Callable[..., Tensor]] = {
     "interpolation": interpolation,
+    "slerp": slerp,
     "arithmetic": arithmetic,
     "arithmetic_as_released": arithmetic_as_released,
+    "ties": ties,
 }
 
 
@@ -32,10 +36,19 @@ def needs(method: Callable[..., Tensor]) -> tuple[str, ...]:
         method: an entry of `METHODS`.
 
     Returns:
-        Names of its positional arguments in their order, such as ("base", "experts").
+        Names of its positional arguments without a default, in their order, such as ("base", "experts").
     """
+    return tuple(x.name for x in _tensors(method) if x.default is inspect.Parameter.empty)
+
+
+def takes(method: Callable[..., Tensor]) -> tuple[str, ...]:
+    """Name the tensors a method needs or makes use of where there are any, in the order of its arguments."""
+    return tuple(x.name for x in _tensors(method))
+
+
+def _tensors(method: Callable[..., Tensor]) -> list[inspect.Parameter]:
     parameters = inspect.signature(method).parameters.values()
-    return tuple(x.name for x in parameters if x.kind is not inspect.Parameter.KEYWORD_ONLY)
+    return [x for x in parameters if x.kind is not inspect.Parameter.KEYWORD_ONLY]
 
 
 def setting_parameters(method: Callable[..., Tensor]) -> dict[str, inspect.Parameter]:

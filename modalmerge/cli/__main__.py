@@ -1,0 +1,5 @@
+"""`python -m modalmerge.cli`."""
+
+from modalmerge.cli import main
+
+main()

@@ -1,0 +1,300 @@
+"""Commands for checkpoints that somebody brings: look at them, merge them, convert them."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modalmerge.cli.app import AsJson, answer, app, command_line, quieten
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from modalmerge.inspection import Inspection
+    from modalmerge.merge.apply import MergeOutcome
+
+LayoutName = Annotated[
+    str,
+    typer.Option("--layout", help="A layout (`modalmerge list layouts`) or a YAML file; found by the names."),
+]
+_LINE_SECONDS = 10  # between two lines of progress where there is no terminal
+
+
+@app.command("inspect", epilog="Example: modalmerge inspect BAGEL-7B-MoT")
+def inspect_command(
+    source: Annotated[str, typer.Argument(help="File, folder as on a hub, or hub id.")],
+    layout: LayoutName = "",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is: its layout, its experts, and what merging them would save."""
+    from modalmerge.inspection import inspect
+
+    found = inspect(source, layout)
+    if as_json:
+        answer(True, dataclasses.asdict(found), "")
+    else:
+        _print_inspection(found)
+
+
+@app.command(
+    epilog="Example: modalmerge merge runs/experts/model -o merged --set ratio=0.5 --set ratio@attention:0-3=0.3"
+)
+def merge(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must not exist.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="File, folder or hub id with experts; or several, PATH or NAME=PATH, of equal names."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Name of a method (`modalmerge list methods`); interpolation by default.")
+    ] = "",
+    base: Annotated[str, typer.Option(help="Seed that the experts started from, for methods that take one.")] = "",
+    layout: LayoutName = "",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY[@WHERE]=VALUE",
+            help="A setting of the method; WHERE is components or parts, layers, or both: attention,ffn:0-9.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with all of this, or the merge.json of a merge to repeat.")
+    ] = None,
+    only: Annotated[
+        str, typer.Option(help="Components or parts to merge, such as attention,ffn; the rest stays.")
+    ] = "",
+    layers: Annotated[str, typer.Option(help="Layers to merge, such as 0-9,11; the others stay.")] = "",
+    tied: Annotated[bool, typer.Option("--tied", help="Write the merged weights to every expert's place.")] = False,
+    dtype: Annotated[str, typer.Option(help="Float dtype of the result; every tensor keeps its own by default.")] = "",
+    shard_size: Annotated[str, typer.Option(help="Largest size of one file of weights; 5GB by default.")] = "",
+    config_from: Annotated[
+        str, typer.Option(help="Name of the checkpoint whose configuration and tokenizer are carried over.")
+    ] = "",
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Merge weights with NaN or infinities, and count them.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where methods compute that need a whole parameter.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads; 0 for one per core, at most 8.", min=0)] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was cut off.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the result back and compare a sample with a second computation.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge the experts inside one checkpoint into one set of weights, or equal names of several checkpoints."""
+    from modalmerge.merge.apply import merge_checkpoint, name_sources
+    from modalmerge.merge.recipe import from_dict, read_recipe
+
+    content = {} if recipe is None else read_recipe(recipe)
+    recipe_sources, recipe_base = content.pop("sources", {}), content.pop("base", "")
+    if bool(sources) == bool(recipe_sources):
+        raise ValueError("give the checkpoints to merge either in the command or under `sources` in the recipe")
+    named = recipe_sources if isinstance(recipe_sources, dict) and recipe_sources else None
+    given = {"method": method, "layout": layout, "dtype": dtype, "shard_size": shard_size, "config_from": config_from}
+    content |= {key: value for key, value in given.items() if value}
+    content |= {key: True for key, value in (("tied", tied), ("allow_nonfinite", allow_nonfinite)) if value}
+    content |= {"only": [word for word in only.split(",") if word]} if only else {}
+    content |= {"layers": layers} if layers else {}
+    _add_settings(content, changes or [])
+    outcome = merge_checkpoint(
+        named or name_sources(sources or recipe_sources),
+        output,
+        recipe=from_dict(content),
+        base=base or recipe_base or None,
+        resume=resume,
+        verify=verify,
+        device=device,
+        num_threads=threads,
+        report=_reporter(output.name),
+    )
+    _answer_merge(outcome, as_json, verify)
+
+
+@app.command(epilog="Example: modalmerge convert vlmo_base_patch16_224.pt -o vlmo --to modalmerge")
+def convert(
+    source: Annotated[str, typer.Argument(help="File, folder as on a hub, or hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must not exist.")],
+    to: Annotated[str, typer.Option("--to", help="Layout wanted; a wrong one is answered with those there are.")],
+    layout: LayoutName = "",
+    as_json: AsJson = False,
+) -> None:
+    """Convert a checkpoint to another layout that holds the same model."""
+    quieten()
+    from modalmerge.model.exchange import convert_checkpoint
+
+    report = convert_checkpoint(source, output, to=to, layout=layout or None, command=command_line())
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    shown = {
+        "from": report.from_layout,
+        "to": report.to_layout,
+        "num_tensors": report.num_tensors,
+        "dropped": list(report.dropped),
+        "built": list(report.built),
+        "notes": list(report.notes),
+        "output": str(output),
+    }
+    lines = [f"{report.num_tensors} tensors from {report.from_layout} to {report.to_layout}, in {output}"]
+    for what, names in (("dropped", report.dropped), ("built", report.built)):
+        if names:
+            lines.append(f"{what}: {len(names)} tensors, such as {names[0]}")
+    answer(as_json, shown, "\n".join(lines))
+
+
+def _add_settings(content: dict[str, Any], changes: list[str]) -> None:
+    from modalmerge.merge.recipe import parse_setting
+
+    settings: dict[str, Any] = dict(content.get("settings", {}))
+    overrides: list[dict[str, Any]] = list(content.get("overrides", []))
+    for change in changes:
+        try:
+            where, key, value = parse_setting(change)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        if where is None:
+            for other in {"ratio": ["weights"], "weights": ["ratio"]}.get(key, []):
+                if other not in (parse_setting(x)[1] for x in changes):
+                    settings.pop(other, None)  # the file's, which this one replaces
+            settings[key] = value
+        else:
+            overrides.append({"only": list(where.only), "layers": where.layers, "settings": {key: value}})
+    content |= {"settings": settings, "overrides": overrides}
+
+
+def _answer_merge(outcome: "MergeOutcome", as_json: bool, verify: bool) -> None:
+    record = outcome.record
+    for warning in record.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    shown = {
+        "method": record.method,
+        "layout": record.layout,
+        "settings": record.settings,
+        "num_merged": record.num_merged,
+        "num_copied": record.num_copied,
+        "left_out": record.left_out,
+        "config_changes": record.config_changes,
+        "bytes_read": outcome.bytes_read,
+        "bytes_written": outcome.bytes_written,
+        "seconds": round(outcome.seconds, 3),
+        "peak_rss_bytes": outcome.peak_rss_bytes,
+        "output": str(outcome.output),
+    }
+    lines = [
+        f"{record.num_merged} tensors merged by {record.method}, {record.num_copied} copied, in {outcome.output} "
+        f"({outcome.bytes_read / 1e9:.2f} GB read, {outcome.bytes_written / 1e9:.2f} GB written, "
+        f"{outcome.seconds:.1f} s)"
+    ]
+    for why in sorted(set(record.left_out.values())):
+        names = [name for name, reason in record.left_out.items() if reason == why]
+        lines.append(f"left out: {len(names)} tensors, such as {names[0]} ({why})")
+    for file, keys in record.config_changes.items():
+        lines += [f"{file}: {key} is {after} now, was {before}" for key, (before, after) in keys.items()]
+    if verify:
+        shown["num_verified"] = outcome.num_verified
+        lines.append(f"verified: {outcome.num_verified} tensors equal a second computation")
+    answer(as_json, shown, "\n".join(lines))
+
+
+def _reporter(name: str) -> "Callable[[int, int], None]":
+    """Show progress: a bar on a terminal, a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _LINE_SECONDS:
+                last = time.monotonic()
+                print(f"{name}: {done / 1e9:.1f} of {total / 1e9:.1f} GB written", file=sys.stderr, flush=True)
+
+        return line
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(name)
+
+    def bar(done: int, total: int) -> None:
+        if not progress.live.is_started:
+            progress.start()
+        progress.update(task, completed=done, total=total)
+        if done >= total:
+            progress.stop()
+
+    return bar
+
+
+def _print_inspection(found: "Inspection") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    parameters: dict[str, Any] = found.parameters
+    console.print(f"[bold]{found.layout}[/]: {found.summary}")
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
+    console.print(f"{_count(parameters['total'])} parameters, {found.num_bytes / 1e9:.2f} GB, tensors: {dtypes}")
+    if found.nothing:
+        console.print(f"nothing to merge: {found.nothing}")
+    elif not found.experts:
+        console.print("no experts are left in it: it is merged already")
+    if found.experts:
+        table = Table("layers", *found.experts, title="parameters of each expert", title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for rows, cells in _alike(found.layer_table):
+            table.add_row(rows, *(_count(cells[expert]) if expert in cells else "–" for expert in found.experts))
+        table.add_section()
+        table.add_row("all", *(_count(parameters["per_expert"][expert]) for expert in found.experts))
+        console.print(table)
+        console.print(
+            f"merged: {_count(found.merged_parameters)} parameters, {found.saved_fraction:.1%} saved "
+            f"({found.num_groups} parameters come from several experts)"
+        )
+    for title, reasons in (("carried over as it is", found.not_merged), ("left out", found.left_out)):
+        if reasons and found.experts:
+            table = Table(title, "tensors", "parameters", "such as")
+            table.columns[1].justify = table.columns[2].justify = "right"
+            for why, row in reasons.items():
+                table.add_row(why, str(row["tensors"]), _count(int(row["parameters"])), str(row["example"]))
+            console.print(table)
+    facts = {
+        "the merged checkpoint is": found.target,
+        "loaded by": found.loaded_by,
+        "tied form loaded by": found.tied,
+        "experts started from": found.ancestor,
+    }
+    for what, fact in facts.items():
+        if fact and found.experts:
+            console.print(f"{what}: {fact}")
+    for note in found.notes:
+        console.print(f"note: {note}")
+    for problem in found.problems:
+        console.print(f"[bold]problem:[/] {problem}")
+
+
+def _alike(layer_table: dict[str, dict[str, int]]) -> list[tuple[str, dict[str, int]]]:
+    """Put layers that follow each other and have the same experts of the same size into one row."""
+    rows: list[tuple[list[str], dict[str, int]]] = []
+    for layer, cells in layer_table.items():
+        if rows and layer and rows[-1][0][0] and rows[-1][1] == cells and int(layer) == int(rows[-1][0][-1]) + 1:
+            rows[-1][0].append(layer)
+        else:
+            rows.append(([layer], cells))
+    return [(_span(layers), cells) for layers, cells in rows]
+
+
+def _span(layers: list[str]) -> str:
+    if not layers[0]:
+        return "outside of them"
+    return layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]} (each)"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.{3 if unit == 'B' else 1}f} {unit}"
+    return str(number)

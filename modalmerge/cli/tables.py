@@ -1,0 +1,84 @@
+"""The command that lists what there is."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from modalmerge.cli.app import AsJson, app, print_json
+from modalmerge.registry import find
+
+
+@app.command("list", epilog="Example: modalmerge list methods")
+def list_table(
+    what: Annotated[str, typer.Argument(help="methods, layouts, tasks, datasets, metrics or presets.")],
+    as_json: AsJson = False,
+) -> None:
+    """List a table, one line each, with what each entry needs."""
+    rows = find(TABLES, what, "table")()
+    if as_json:
+        print_json(rows)
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        needs = f" (needs {row['needs']})" if row["needs"] else ""
+        print(f"{row['name']:{width}}  {row['summary']}{needs}")
+
+
+def _rows(entries: Mapping[str, Any], about: Callable[[Any], tuple[str, str, str]]) -> list[dict[str, str]]:
+    rows = []
+    for name, entry in entries.items():
+        summary, needs, source = about(entry)
+        rows.append({"name": name, "summary": summary, "needs": needs, "source": source})
+    return rows
+
+
+def _methods() -> list[dict[str, str]]:
+    from modalmerge.merge.methods import METHODS, needs
+
+    def about(method: Any) -> tuple[str, str, str]:
+        text = method.__doc__ or ""
+        source = " ".join(text.partition("Source:")[2].split("\n\n")[0].split())
+        return text.splitlines()[0], "a base" if "base" in needs(method) else "", source
+
+    return _rows(METHODS, about)
+
+
+def _layouts() -> list[dict[str, str]]:
+    from modalmerge.layouts import LAYOUTS
+
+    return _rows(LAYOUTS, lambda layout: (layout.summary, "", layout.source))
+
+
+def _tasks() -> list[dict[str, str]]:
+    from modalmerge.tasks import TASKS
+
+    return _rows(TASKS, lambda task: (task.summary, "heads " + ", ".join(task.heads), "arXiv 2304.14933"))
+
+
+def _datasets() -> list[dict[str, str]]:
+    from modalmerge.data import DATASETS
+
+    return _rows(DATASETS, lambda summary: (summary, "", ""))
+
+
+def _metrics() -> list[dict[str, str]]:
+    from modalmerge.tasks.metrics import METRICS
+
+    return _rows(METRICS, lambda summary: (summary, "", ""))
+
+
+def _presets() -> list[dict[str, str]]:
+    from modalmerge.study.presets import PRESETS
+
+    return _rows(PRESETS, lambda preset: ((preset.__doc__ or "").splitlines()[0], "", ""))
+
+
+TABLES = {
+    "methods": _methods,
+    "layouts": _layouts,
+    "tasks": _tasks,
+    "datasets": _datasets,
+    "metrics": _metrics,
+    "presets": _presets,
+}

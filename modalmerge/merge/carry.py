@@ -1,0 +1,161 @@
+"""The small files of a model folder: which are carried over, and what the merged model needs changed in them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modalmerge.checkpoint import Checkpoint
+from modalmerge.layouts import Layout
+from modalmerge.merge.plan import Plan
+from modalmerge.merge.recipe import Recipe
+
+RECORD, CARD = "merge.json", "README.md"
+CONFIG = "config.json"
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
+_LARGEST = 64 * 2**20  # the largest tokenizers in use take about 30 MiB
+# What a configuration says of where it comes from, not of the model.
+_ORIGIN = {"_name_or_path", "transformers_version", "_commit_hash"}
+
+
+def carried_files(checkpoints: Mapping[str, Checkpoint], *, config_from: str) -> dict[str, bytes]:
+    """Read the small files that belong to the merged model.
+
+    Args:
+        checkpoints: the inputs by name; files are taken from the folders of those that have one.
+        config_from: name of the one whose files are taken, where several have different ones; "" for none.
+
+    Returns:
+        File name to content: settings, tokenizer, code; nothing of weights, and no record of an earlier merge.
+
+    Raises:
+        ValueError: the inputs' files differ and `config_from` does not say whose are meant, it names no input, or a
+            file is too large or cannot be read.
+    """
+    found = {name: _small_files(x.folder) for name, x in checkpoints.items() if x.folder is not None}
+    if config_from:
+        if config_from not in checkpoints:
+            raise ValueError(
+                f"config_from: no checkpoint is called {config_from!r}; there are {', '.join(checkpoints)}"
+            )
+        return found.get(config_from, {})
+    files: dict[str, bytes] = {}
+    owner: dict[str, str] = {}
+    for name, its_files in found.items():
+        for file, content in its_files.items():
+            if file in files and _meaning(file, content) != _meaning(file, files[file]):
+                raise ValueError(
+                    f"{file} differs in {owner[file]} and {name}; say with --config-from whose files the merged model "
+                    "gets"
+                )
+            files.setdefault(file, content)
+            owner.setdefault(file, name)
+    return files
+
+
+def edit_config(
+    files: Mapping[str, bytes], plan: Plan, layout: Layout | None, recipe: Recipe
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Change the carried files where the merged model needs it.
+
+    Args:
+        files: name to content.
+        plan: of the merge.
+        layout: of the input; None for several checkpoints.
+        recipe: of the merge. Where the weights are tied, experts stay in the configuration.
+
+    Returns:
+        The files, and what was changed, {file: {key: [before, after]}}.
+
+    Raises:
+        ValueError: a file that needs a change does not hold what it should, or no configuration describes what is left.
+    """
+    wanted: dict[str, dict[str, Any]] = {}
+    if layout is not None and not recipe.tied:
+        if layout.name == "modalmerge" and CONFIG in files:
+            wanted[CONFIG] = {"experts": _remaining_components(plan, layout, _read_json(CONFIG, files[CONFIG]))}
+        elif not plan.remaining:
+            wanted = {file: dict(keys) for file, keys in layout.target.config.items() if file in files}
+    if recipe.dtype and CONFIG in files:
+        named = [key for key in ("dtype", "torch_dtype") if key in _read_json(CONFIG, files[CONFIG])]
+        wanted.setdefault(CONFIG, {}).update(dict.fromkeys(named, recipe.dtype))
+    edited, changes = dict(files), {}
+    for file, keys in wanted.items():
+        content = _read_json(file, files[file])
+        changed = {key: [content.get(key), value] for key, value in keys.items() if content.get(key) != value}
+        if changed:
+            changes[file] = changed
+            edited[file] = (json.dumps({**content, **keys}, indent=2, sort_keys=True) + "\n").encode()
+    return edited, changes
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.suffix not in _SUFFIXES or path.name == RECORD:
+            continue
+        if path.name.endswith(".index.json"):
+            continue
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"{path}: more than {_LARGEST >> 20} MiB, too large to be carried over; move it away")
+        files[path.name] = path.read_bytes()
+    return files
+
+
+def _meaning(file: str, content: bytes) -> Any:
+    """What of a file must agree: of JSON the values, without where they come from."""
+    if not file.endswith(".json"):
+        return content
+    try:
+        parsed = json.loads(content)
+    except ValueError:
+        return content
+    if isinstance(parsed, dict) and file == CONFIG:
+        return {key: value for key, value in parsed.items() if key not in _ORIGIN}
+    return parsed
+
+
+def _read_json(file: str, content: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file}: wanted keys and values, got {type(parsed).__name__}")
+    return parsed
+
+
+def _remaining_components(plan: Plan, layout: Layout, config: Mapping[str, Any]) -> list[list[str]]:
+    """Spell out which components of each layer are per modality after the merge."""
+    experts = config.get("experts")
+    if not isinstance(experts, list) or not all(isinstance(layer, list) for layer in experts):
+        raise ValueError(f"{CONFIG}: wanted a list 'experts', one entry per layer, got {experts!r}")
+    parts: list[set[str]] = [set() for _ in experts]
+    for name in plan.remaining:
+        place = layout.place(name)
+        if place.layer is None or place.layer >= len(parts):
+            raise ValueError(f"{CONFIG}: has {len(parts)} layers, the weights have {name!r}")
+        parts[place.layer].add(place.part)
+    return [_spell(layer, number) for number, layer in enumerate(parts)]
+
+
+# What each component of this project's model covers, as in its configuration; any union of them can be configured.
+_COVERS: Mapping[str, frozenset[str]] = {
+    "attention": frozenset({"attention", "norm1"}),
+    "ffn": frozenset({"ffn", "norm2"}),
+    "norms": frozenset({"norm1", "norm2"}),
+}
+
+
+def _spell(parts: set[str], layer: int) -> list[str]:
+    chosen: list[str] = [component for component in ("attention", "ffn") if component in parts]
+    covered = {part for component in chosen for part in _COVERS[component]}
+    if not parts <= covered:
+        chosen.append("norms")
+        covered |= _COVERS["norms"]
+    if covered != parts:
+        raise ValueError(
+            f"layer {layer} would keep only {', '.join(sorted(parts))} per modality, which the model has no form for; "
+            "merge attention with norm1, ffn with norm2, or both norms"
+        )
+    return chosen
