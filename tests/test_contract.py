@@ -4,10 +4,13 @@ A method that breaks a promise by its nature is named below with the reason, and
 checked too: it must really break the promise.
 """
 
+import itertools
+
 import pytest
 import torch
 
 from modalmerge.merge.methods import METHODS, setting_parameters, takes
+from modalmerge.merge.surveys import PIECEWISE, SURVEYS
 
 # identical experts do not give that expert
 ADDS_UP = {
@@ -150,6 +153,35 @@ def test_sixteen_bit_results_are_those_of_float64_rounded(name, dtype):
     base, experts = draw(name, (64,), dtype)
     wide = call(name, base.double(), experts.double())
     assert torch.equal(call(name, base, experts), wide.to(dtype))
+
+
+@pytest.mark.parametrize("name", sorted(PIECEWISE))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pieces_give_what_the_whole_gives(name, dtype):
+    base, experts = draw(name, (640,), dtype)
+    cuts = (0, 1, 64, 300, 301, 640)
+    pieces = [(experts[:, i:j], base[i:j]) for i, j in itertools.pairwise(cuts)]
+    if name not in SURVEYS:
+        parts = [call(name, base, experts) for experts, base in pieces]
+    else:
+        defaults = {key: parameter.default for key, parameter in setting_parameters(METHODS[name]).items()}
+        survey = SURVEYS[name](640, {**defaults, **SETTINGS.get(name, {})})
+        survey.sample((experts[:, :40], base[:40]))
+        for number, piece in reversed(list(enumerate(pieces))):
+            survey.add(number, piece)
+        while not survey.settle():  # a sample that small may mislead
+            for number, piece in enumerate(pieces):
+                survey.add(number, piece)
+        parts = [survey.merge(piece) for piece in pieces]
+    whole = call(name, base, experts)
+    if name == "slerp":  # sums in another order
+        assert_near(torch.cat(parts), whole)
+    else:
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_piecewise_methods_exist():
+    assert set(SURVEYS) <= PIECEWISE <= set(METHODS)
 
 
 @every_method

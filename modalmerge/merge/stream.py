@@ -263,21 +263,16 @@ class _Buffers:
     """Memory that a thread reads into, used again for every piece."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[str, torch.dtype, int], Tensor] = {}
+        self._rows: dict[tuple[str, torch.dtype, int], tuple[Tensor, list[memoryview]]] = {}
 
-    def rows(self, use: str, dtype: torch.dtype, num: int, length: int) -> Tensor:
-        """Give `num` rows of `length` elements, with whatever they held."""
+    def rows(self, use: str, dtype: torch.dtype, num: int, length: int) -> tuple[Tensor, list[memoryview]]:
+        """Give `num` rows of `length` elements, with whatever they held, and the bytes of each."""
         key = (use, dtype, num)
-        if key not in self._tensors:
-            self._tensors[key] = torch.empty(num, PIECE, dtype=dtype)
-        return self._tensors[key][:, :length]
-
-
-def _read(job: _Job, source: Source, begin: int, into: Tensor) -> memoryview:
-    """Read elements of a source, from `begin` on, as many as `into` has."""
-    view = _bytes_of(into)
-    job.state.inputs[source.checkpoint].read_into(source.name, begin * into.element_size(), view)
-    return view
+        if key not in self._rows:
+            rows = torch.empty(num, PIECE, dtype=dtype)
+            self._rows[key] = (rows, [_bytes_of(row) for row in rows])
+        rows, views = self._rows[key]
+        return rows[:, :length], [view[: length * dtype.itemsize] for view in views]
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -287,49 +282,52 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _read_piece(job: _Job, number: int, buffers: _Buffers, *, hashed: bool) -> Piece:
     begin, end = job.range(number)
-    output, state = job.output, job.state
-    infos = [None if x.name == ZEROS else state.inputs[x.checkpoint].infos[x.name] for x in output.sources]
-    dtypes = {info.dtype for info in infos if info is not None}
-    common = dtypes.pop() if len(dtypes) == 1 else None
-    rows = buffers.rows("experts", common or torch.float64, len(infos), end - begin)
-    for row, source, info in zip(rows, output.sources, infos, strict=True):
-        if info is None:
+    output = job.output
+    dtypes = {_info(job, source).dtype for source in output.sources if source.name != ZEROS}
+    common = next(iter(dtypes)) if len(dtypes) == 1 else torch.float64
+    rows, views = buffers.rows("experts", common, len(output.sources), end - begin)
+    for row, view, source in zip(rows, views, output.sources, strict=True):
+        if source.name == ZEROS:
             row.zero_()
-            continue
-        into = row if common else buffers.rows("other dtype", info.dtype, 1, end - begin)[0]
-        _take(job, number, source, begin, into, hashed=hashed)
-        if not common:
-            row.copy_(into)
-    base = None
-    if output.base is not None:
-        dtype = state.inputs[output.base.checkpoint].infos[output.base.name].dtype
-        base = buffers.rows("base", dtype, 1, end - begin)[0]
-        _take(job, number, output.base, begin, base, hashed=hashed)
-    return rows, base
+        elif len(dtypes) == 1:
+            _take(job, number, source, view, hashed=hashed)
+        else:
+            own, own_views = buffers.rows("own dtype", _info(job, source).dtype, 1, end - begin)
+            _take(job, number, source, own_views[0], hashed=hashed)
+            row.copy_(own[0])
+    if output.base is None:
+        return rows, None
+    base, views = buffers.rows("base", _info(job, output.base).dtype, 1, end - begin)
+    _take(job, number, output.base, views[0], hashed=hashed)
+    return rows, base[0]
 
 
-def _take(job: _Job, number: int, source: Source, begin: int, into: Tensor, *, hashed: bool) -> None:
+def _info(job: _Job, source: Source) -> TensorInfo:
+    return job.state.inputs[source.checkpoint].infos[source.name]
+
+
+def _take(job: _Job, number: int, source: Source, view: memoryview, *, hashed: bool) -> None:
     """Read a piece of a source, and look at it: its hash, and whether all of it is finite."""
-    view = _read(job, source, begin, into)
-    job.bytes_read += len(view)
+    dtype = _info(job, source).dtype
+    begin, _ = job.range(number)
+    job.state.inputs[source.checkpoint].read_into(source.name, begin * dtype.itemsize, view)
+    with job.state.lock:
+        job.bytes_read += len(view)
     if not hashed:
         return
     job.digests[source][number] = blake3.blake3(view).digest()
-    if into.dtype in _EXPONENT and _holds_nonfinite(into):
-        count = int(torch.count_nonzero(~torch.isfinite(into)))
+    if dtype in _EXPONENT and len(view) and _holds_nonfinite(view, dtype):
+        values = torch.frombuffer(view, dtype=dtype)
         with job.state.lock:
-            job.nonfinite[source] += count
+            job.nonfinite[source] += values.numel() - int(torch.count_nonzero(torch.isfinite(values)))
         if not job.state.allow_nonfinite:
             raise _nonfinite_error(job, source)
 
 
-def _holds_nonfinite(values: Tensor) -> bool:
+def _holds_nonfinite(view: memoryview, dtype: torch.dtype) -> bool:
     """Tell whether a piece holds NaN or an infinity: some 20 times faster than torch.isfinite."""
-    if not values.numel():
-        return False
-    signed, unsigned, infinity, minus_infinity = _EXPONENT[values.dtype]
-    integers = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).numpy()
-    return bool(integers.view(signed).max() >= infinity or integers.view(unsigned).max() >= minus_infinity)
+    signed, unsigned, infinity, minus_infinity = _EXPONENT[dtype]
+    return bool(np.frombuffer(view, signed).max() >= infinity or np.frombuffer(view, unsigned).max() >= minus_infinity)
 
 
 def _nonfinite_error(job: _Job, source: Source) -> ValueError:
@@ -390,7 +388,8 @@ def _merge_piece(job: _Job, number: int, buffers: _Buffers) -> None:
             if job.state.stop:
                 return
     piece = _read_piece(job, number, buffers, hashed=True)
-    _write(job, number, _apply(job.state.plan, job.output, piece, job.survey))
+    merged = _apply(job.state.plan, job.output, piece, job.survey)
+    _write(job, number, _bytes_of(merged.contiguous()))
 
 
 def _merge_whole(job: _Job, buffers: _Buffers) -> None:
@@ -412,26 +411,28 @@ def _merge_whole(job: _Job, buffers: _Buffers) -> None:
     merged = compute(state.plan, output, read, device=state.device).contiguous().reshape(-1)
     for number in range(job.num_pieces):
         begin, end = job.range(number)
-        _write(job, number, merged[begin:end])
+        _write(job, number, _bytes_of(merged[begin:end]))
 
 
 def _copy_piece(job: _Job, number: int, buffers: _Buffers) -> None:
     begin, end = job.range(number)
-    output, state = job.output, job.state
+    output = job.output
     (source,) = output.sources
-    dtype = state.inputs[source.checkpoint].infos[source.name].dtype
-    values = buffers.rows("experts", dtype, 1, end - begin)[0]
-    _take(job, number, source, begin, values, hashed=True)
+    dtype = _info(job, source).dtype
+    rows, views = buffers.rows("copy", dtype, 2, end - begin)
+    _take(job, number, source, views[0], hashed=True)
     for other in output.equal:
-        theirs = buffers.rows("other", dtype, 1, end - begin)[0]
-        _take(job, number, other, begin, theirs, hashed=True)
-        if not torch.equal(values, theirs):
-            one, two = (state.inputs[x.checkpoint].source for x in (source, other))
+        _take(job, number, other, views[1], hashed=True)
+        if views[0] != views[1]:
+            one, two = (job.state.inputs[x.checkpoint].source for x in (source, other))
             raise ValueError(
                 f"{output.name}: {dtype} cannot be merged, and its values differ in {one} and {two}; remove it from "
                 "one of them, or make them equal"
             )
-    _write(job, number, values if dtype == output.info.dtype else narrow(values.double(), output.info.dtype))
+    if dtype == output.info.dtype:
+        _write(job, number, views[0])
+    else:
+        _write(job, number, _bytes_of(narrow(rows[0].double(), output.info.dtype)))
 
 
 def _apply(plan: Plan, output: Output, piece: Piece, survey: Survey | None) -> Tensor:
@@ -448,11 +449,10 @@ def _apply(plan: Plan, output: Output, piece: Piece, survey: Survey | None) -> T
     return narrow(merged, output.info.dtype)
 
 
-def _write(job: _Job, number: int, values: Tensor) -> None:
+def _write(job: _Job, number: int, view: memoryview) -> None:
     begin, _ = job.range(number)
-    view = _bytes_of(values.contiguous())
     for name in job.output.written_as:
-        job.state.writer.write(name, begin * values.element_size(), view)
+        job.state.writer.write(name, begin * job.output.info.dtype.itemsize, view)
     with job.state.lock:
         job.state.written += len(view) * len(job.output.written_as)
         job.left -= 1
