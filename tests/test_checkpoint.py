@@ -6,13 +6,12 @@ import os
 import struct
 import threading
 
-import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch_files import TENSORS, check_same, raw
 
 from modalmerge.checkpoint import (
     DTYPE_NAMES,
@@ -23,26 +22,6 @@ from modalmerge.checkpoint import (
     write_folder,
     writing,
 )
-
-TENSORS = {
-    "b.weight": torch.arange(6.0).reshape(2, 3),
-    "a": torch.tensor(3.5),
-    "empty": torch.zeros(0, 4),
-    "half": torch.tensor([1.5, -2.0, 3.25], dtype=torch.bfloat16),
-    "index": torch.tensor([[1, -2]], dtype=torch.int64),
-    "flags": torch.tensor([True, False, True]),
-    "strided": torch.arange(12.0).reshape(3, 4).t(),
-}
-
-
-def check_same(opened, tensors):
-    assert opened.names == tuple(sorted(tensors))
-    for name, tensor in tensors.items():
-        assert opened.shape(name) == tuple(tensor.shape)
-        assert opened.dtype(name) == tensor.dtype
-        read = opened.tensor(name)
-        assert read.dtype == tensor.dtype
-        assert torch.equal(read, tensor)
 
 
 def write_raw(path, header, data=b"", *, claimed=None):
@@ -202,11 +181,6 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content, as_header):
         open_checkpoint(path)
     except ValueError as error:
         assert "any.safetensors" in str(error)
-
-
-def raw(tensor):
-    flat = tensor.contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def descriptors():
@@ -487,75 +461,6 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
         patch.setattr(os, "listdir", refuse)
         with pytest.raises(ValueError, match=r"model: cannot be read: Permission denied"):
             open_checkpoint(tmp_path / "model")
-
-
-HUB_REVISION = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """A hub cache that is all there is: nothing is asked of the network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "hub"
-
-
-def fill_cache(cache, hub_id, files):
-    """Lay files out as huggingface_hub does: names are links to what they hold."""
-    model = cache / f"models--{hub_id.replace('/', '--')}"
-    folder = model / "snapshots" / HUB_REVISION
-    for part in (folder, model / "blobs", model / "refs"):
-        part.mkdir(parents=True)
-    (model / "refs" / "main").write_text(HUB_REVISION)
-    for number, (name, write) in enumerate(files.items()):
-        write(model / "blobs" / str(number))
-        (folder / name).symlink_to(f"../../blobs/{number}")
-    return folder
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "pytorch_model.bin"])
-def test_a_model_of_the_hub_is_read_from_its_cache(hub_cache, name):
-    save = torch.save if name.endswith(".bin") else safetensors.torch.save_file
-    files = {name: lambda path: save({"a": torch.ones(2)}, path), "config.json": lambda path: path.write_text("{}")}
-    folder = fill_cache(hub_cache, "org/some-name.v1", files)
-    opened = open_checkpoint("org/some-name.v1")
-    check_same(opened, {"a": torch.ones(2)})
-    assert opened.folder == folder
-    assert str(opened.source) == "org/some-name.v1"
-    with pytest.raises(ValueError, match=r"org/some-name\.v1: holds no tensor 'c'"):
-        opened.tensor("c")
-
-
-def test_a_model_that_the_hub_cache_lacks_is_named(hub_cache):
-    message = r"org/name: no such file or folder, not in the hub's cache, .* run `hf download org/name`"
-    with pytest.raises(ValueError, match=message):
-        open_checkpoint("org/name")
-    fill_cache(hub_cache, "org/small", {"config.json": lambda path: path.write_text("{}")})
-    with pytest.raises(
-        ValueError, match=r"org/small: holds no \.safetensors or \.bin files in .*hf download org/small"
-    ):
-        open_checkpoint("org/small")
-
-
-def test_a_local_path_is_never_asked_of_the_hub(hub_cache, monkeypatch):
-    def ask(*arguments, **keywords):
-        raise AssertionError(f"asked for {arguments}")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", ask)
-    write_folder(hub_cache / "org" / "name", TENSORS, metadata={}, files={})
-    monkeypatch.chdir(hub_cache)
-    check_same(open_checkpoint("org/name"), TENSORS)
-    for source in (
-        "org/nane",  # a folder `org` is here, so this is a slip
-        "runs/model.pt", "runs/x.safetensors", "name", "a/b/c", "/org/name", "./runs/name", "../org/name", "org/..",
-        "org/.name", "org/na--me", "org/na..me", "org/name.", "-org/name", "org/na me", "org/name\n", "org\\name",
-        "org/näme", "https://x/y", "org/" + "n" * 100, "org/a?b", "org/name@main", "~/name", "", "\0/name",
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="no such file or folder|not a checkpoint"):
-            open_checkpoint(source)
-    with pytest.raises(AssertionError, match="asked for"):
-        open_checkpoint("other/name")
 
 
 def test_an_unknown_tensor_is_named(tmp_path):

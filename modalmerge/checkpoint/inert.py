@@ -15,6 +15,7 @@ from io import BytesIO, RawIOBase
 from typing import IO, Any, cast
 
 MAX_STEPS = 10_000_000  # a tensor takes about 40; each step may make an object of some 100 bytes
+_MAX_ARGUMENTS = 8  # of the functions that build tensors
 
 # operations that push what follows them in the file
 # fmt: off
@@ -74,9 +75,8 @@ def read_inert(stream: BytesIO | RawIOBase) -> tuple[Any, dict[str, PickledStora
     """
     machine = _Machine()
     try:
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], stream))):
-            if step >= MAX_STEPS:
-                raise ValueError(f"the pickle takes more than {MAX_STEPS} steps")
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
+            machine.count_steps(1)
             machine.run(opcode.name, argument)
         return machine.stack[-1], machine.storages
     except (IndexError, KeyError) as error:  # takes more from the stack than there is, or what was never kept
@@ -89,6 +89,12 @@ class _Machine:
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, PickledStorage] = {}
+        self.num_steps = 0
+
+    def count_steps(self, count: int) -> None:
+        self.num_steps += count
+        if self.num_steps > MAX_STEPS:
+            raise ValueError(f"the pickle takes more than {MAX_STEPS} steps")
 
     def run(self, operation: str, argument: Any) -> None:
         """Do one step; the commonest come first."""
@@ -96,11 +102,11 @@ class _Machine:
         match operation:
             case _ if operation in _VALUES:
                 push(argument)
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
+            case "BINPUT" | "LONG_BINPUT":
                 self.memo[argument] = self.stack[-1]
             case "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
+            case "BINGET" | "LONG_BINGET":
                 push(self.memo[argument])
             case "MARK":
                 self.marked.append(self.stack)
@@ -118,12 +124,13 @@ class _Machine:
                 push(self.load_persistent(self.stack.pop()))
             case "REDUCE":
                 function, arguments = self.pop_many(2)
-                push(_call(_name(function), arguments))
+                push(self.call(_name(function), arguments))
             case "GLOBAL":
                 push(Placeholder(argument.replace(" ", ".", 1)))
             case "STACK_GLOBAL":
                 module, name = self.pop_many(2)
-                push(Placeholder(f"{_name(module)}.{_name(name)}"))
+                # the same long text may come back in each step
+                push(Placeholder(f"{_name(module):.200}.{_name(name):.200}"))
             case "EMPTY_DICT":
                 push({})
             case "SETITEM":
@@ -165,7 +172,7 @@ class _Machine:
             case "FROZENSET":
                 self.pop_mark()
                 self.stack.append(Placeholder("frozenset"))
-            case "EXT1" | "EXT2" | "EXT4" | "PERSID":
+            case "EXT1" | "EXT2" | "EXT4":
                 push(Placeholder(operation))
             case "DUP":
                 push(self.stack[-1])
@@ -175,7 +182,7 @@ class _Machine:
                 self.pop_mark()
             case "PROTO" | "FRAME" | "STOP":
                 pass
-            case _:
+            case _:  # GET, PUT and PERSID are of protocol 0, in which there can be no tensors
                 raise ValueError(f"the pickle asks for {operation}, which no checkpoint needs")
 
     def pop_many(self, count: int) -> list[Any]:
@@ -202,11 +209,43 @@ class _Machine:
 
     def load_persistent(self, what: Any) -> PickledStorage | Placeholder:
         match what:
-            case ("storage", kind, str(key), _, num_elements, *view) if len(view) <= 1:
-                storage = PickledStorage(kind, key, num_elements, *view)
-                self.storages.setdefault(key, storage)
-                return storage
-        return Placeholder("persistent id")  # the source text of a class, in the old form
+            case ("storage", kind, str(key), _, num_elements):
+                storage = PickledStorage(kind, key, num_elements)
+            case ("storage", kind, str(key), _, num_elements, view):
+                storage = PickledStorage(kind, key, num_elements, view)
+            case _:  # the source text of a class, in the old form
+                return Placeholder("persistent id")
+        self.storages.setdefault(key, storage)
+        return storage
+
+    def call(self, name: str, arguments: Any) -> Any:
+        """Make what a call in the pickle stands for: tensors and ordered dictionaries, a placeholder for all else."""
+        if not isinstance(arguments, tuple) or len(arguments) > _MAX_ARGUMENTS:
+            return Placeholder(name)
+        match name, arguments:
+            case "torch._tensor._rebuild_from_type_v2", (function, Placeholder(name=kind), tuple(inner), _):
+                # a tensor with attributes of its own, which are left out; another class may mean its values otherwise
+                if kind not in _PLAIN_TENSORS or len(inner) > _MAX_ARGUMENTS:
+                    return Placeholder(kind)
+                name, arguments = _name(function), inner
+        match name, arguments:
+            case "torch._utils._rebuild_tensor", (storage, offset, shape, strides):
+                return PickledTensor(storage, offset, shape, strides)
+            case "torch._utils._rebuild_tensor_v2", (storage, offset, shape, strides, _, _, *rest) if len(rest) <= 1:
+                return PickledTensor(storage, offset, shape, strides, None, *rest)
+            case "torch._utils._rebuild_tensor_v3", (storage, offset, shape, strides, _, _, dtype, *rest):
+                return PickledTensor(storage, offset, shape, strides, dtype, *rest)
+            case (("torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state"), (data, _, _, *_)):
+                return data
+            case "torch.Size", (tuple(sizes),):
+                return sizes
+            case "collections.OrderedDict", ():
+                return {}
+            case "collections.OrderedDict", (list(pairs),):
+                self.count_steps(len(pairs))  # the same list may come back in each step
+                if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+                    return _dictionary((key, value) for key, value in pairs)
+        return Placeholder(name)
 
 
 def _name(value: Any) -> str:
@@ -225,29 +264,3 @@ def _dictionary(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 
 def _key_name(key: Any) -> str:
     return str(key) if type(key) is int and abs(key) < 2**63 else _name(key)
-
-
-def _call(name: str, arguments: Any) -> Any:
-    """Make what a call in the pickle stands for: tensors and dictionaries in order, a placeholder for all else."""
-    match name, arguments:
-        case "torch._tensor._rebuild_from_type_v2", (function, Placeholder(name=kind), inner, _):
-            # a tensor with attributes of its own, which are left out; other classes may mean their values otherwise
-            if kind not in _PLAIN_TENSORS:
-                return Placeholder(kind)
-            name, arguments = _name(function), inner
-    match name, arguments:
-        case "torch._utils._rebuild_tensor", (storage, offset, shape, strides):
-            return PickledTensor(storage, offset, shape, strides)
-        case "torch._utils._rebuild_tensor_v2", (storage, offset, shape, strides, _, _, *rest) if len(rest) <= 1:
-            return PickledTensor(storage, offset, shape, strides, None, *rest)
-        case "torch._utils._rebuild_tensor_v3", (storage, offset, shape, strides, _, _, dtype, *rest) if len(rest) <= 1:
-            return PickledTensor(storage, offset, shape, strides, dtype, *rest)
-        case (("torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state"), (data, _, _, *_)):
-            return data
-        case "torch.Size", (tuple(sizes),):
-            return sizes
-        case "collections.OrderedDict", ():
-            return {}
-        case "collections.OrderedDict", ([*pairs],) if all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-            return _dictionary((key, value) for key, value in pairs)
-    return Placeholder(name)

@@ -126,7 +126,7 @@ def _unwrap(content: Any) -> dict[Any, Any]:
         if holds_tensors:
             return content
         if not wrappers:
-            seen = [f"{_name(key)} ({_kind(value)})" for key, value in itertools.islice(content.items(), 10)]
+            seen = [f"{_shown(key)} ({_kind(value)})" for key, value in itertools.islice(content.items(), 10)]
             raise ValueError(
                 f"holds no tensors; wanted them by name or under {', '.join(WRAPPERS)}, "
                 f"found {', '.join(seen) or 'nothing'}"
@@ -229,8 +229,10 @@ def _read_zip(file: InputFile) -> tuple[Any, str, _FindStorage]:
             raise ValueError(f"the record {name} of {record.file_size} bytes is not where the archive says")
         return begin, record.file_size
 
-    if f"{folder}/byteorder" in records and file.read(*find("byteorder"), what="the byte order") != b"little":
-        raise ValueError("big-endian; save it again on a little-endian machine")
+    if f"{folder}/byteorder" in records:
+        begin, num_bytes = find("byteorder")
+        if file.read(begin, min(num_bytes, 8), what="the byte order") != b"little":
+            raise ValueError("big-endian; save it again on a little-endian machine")
     begin, num_bytes = find("data.pkl")
     if num_bytes > MAX_PICKLE_BYTES:
         raise ValueError(f"its pickle has {num_bytes} bytes without the storages, at most {MAX_PICKLE_BYTES} are read")
@@ -323,7 +325,7 @@ def _needs_code(name: str) -> ValueError:
     return ValueError(f"needs {name} to be built, and no code that a file asks for is run; save it as a plain tensor")
 
 
-def _name(key: Any) -> str:
+def _shown(key: Any) -> str:
     return repr(key) if isinstance(key, str) else str(key.name)
 
 
