@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-shapes check bench clean
+.PHONY: demo test test-slow test-shapes check bench bench-merge clean
 
 demo: $(STAMP)
 	.venv/bin/modalmerge study tiny
@@ -25,6 +25,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	.venv/bin/python bench/profile_step.py
+
+# against mergekit, on a machine that does nothing else; the files take 14 GB of memory
+bench-merge: $(STAMP)
+	.venv/bin/modalmerge bench merge --floor --scaling 0.5,1,2,4 --disk . -o bench/results/merge.json
 
 # torch goes first and alone: the pin takes the CPU build where the configured index offers one
 $(STAMP): pyproject.toml constraints.txt

@@ -127,7 +127,7 @@ class MergeRecord:
         settings: resolved settings, defaults included, of parameters without an override.
         layout: layout of the input; "" for several checkpoints.
         experts: the experts found, or the names of the checkpoints, in the order in which they entered.
-        inputs: checkpoints read, each {"name", "headers": {file: sha256 of its header}, "content": BLAKE3 hash of the
+        inputs: checkpoints read, each {"name", "headers": {file: sha256 of its header}, "content": hash of the
             tensors that were read, "num_tensors", "bytes"}; empty for a merge in memory.
         base: the base in the same form; None where there is none or it lies in memory.
         num_merged: parameters written that came from several experts or through the method.

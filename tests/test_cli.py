@@ -197,7 +197,10 @@ def test_ctrl_c_is_answered(call, monkeypatch):
 
     monkeypatch.setitem(cli.tables.TABLES, "methods", interrupt)
     code, out, err = call("list", "methods")
-    assert (code, out) == (130, "") and "interrupted; the same command goes on from here" in err
+    assert (code, out, err.strip()) == (130, "", "interrupted")
+    monkeypatch.setattr("modalmerge.merge.apply.open_checkpoint", lambda source: interrupt())
+    code, out, err = call("merge", "a", "-o", "b")
+    assert (code, out) == (130, "") and "interrupted; the same command with --resume goes on from here" in err
 
 
 # -- the study ----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ ALLOWED = {
     "report": {"records"},
 }
 ALLOWED["study"] = {part for part in ALLOWED if part != "report"}
+ALLOWED["bench"] = {"checkpoint", "merge", "layouts", "records", "registry"}
 # files that may do more than their part
 EXTRA = {"modalmerge.merge.procedures": {"model", "data", "tasks"}}
 

@@ -1,13 +1,41 @@
 """The commands. Each imports what it needs when it runs, so that `modalmerge --help` is quick."""
 
+import gc
+import os
 import sys
 
-from modalmerge.cli import checkpoints, tables, training
+from modalmerge.cli import benchmarks, checkpoints, tables, training
 from modalmerge.cli.app import app
 
-__all__ = ["app", "checkpoints", "main", "tables", "training"]
+__all__ = ["app", "benchmarks", "checkpoints", "main", "run", "tables", "training"]
 
 INTERRUPTED = 130
+
+# How an interrupted command is gone on with, for those that can.
+_GOES_ON = {
+    **dict.fromkeys(("study", "pretrain", "finetune"), "; the same command goes on from here"),
+    "merge": "; the same command with --resume goes on from here",
+}
+
+# Commands that leave nothing to do at the end: they start no processes, and their files are whole.
+_FILE_COMMANDS = ("convert", "inspect", "list", "merge")
+
+
+def run() -> None:
+    """Run the command line as a program of its own, as `main` does, without what a short one need not wait for.
+
+    Collecting garbage while torch is imported, and taking torch apart at the end, cost 0.6 of the 2.2 seconds that a
+    merge spends on starting and ending.
+    """
+    if sys.argv[1:2] == [] or sys.argv[1] not in _FILE_COMMANDS:
+        return main()
+    gc.disable()
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)
 
 
 def main() -> None:
@@ -25,6 +53,5 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's answer to Ctrl-C, without a word
-            resume = " with --resume" if sys.argv[1:2] == ["merge"] else ""
-            print(f"interrupted; the same command{resume} goes on from here", file=sys.stderr)
+            print(f"interrupted{_GOES_ON.get(sys.argv[1] if sys.argv[1:] else '', '')}", file=sys.stderr)
         raise

@@ -1,5 +1,5 @@
 """`python -m modalmerge.cli`."""
 
-from modalmerge.cli import main
+from modalmerge.cli import run
 
-main()
+run()

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +32,7 @@ def options(
 
 
 def command_line() -> str:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    words = ["modalmerge", *sys.argv[1:]]  # also where it was started as `python -m modalmerge.cli`
     return " ".join(f"'{word}'" if any(c in word for c in " []*?'\"") else word for word in words)
 
 

@@ -59,8 +59,8 @@ class ArcSurvey:
     def add(self, number: int, piece: Piece) -> None:
         """Add up the dot products."""
         experts, base = piece
-        wide = experts.double()
-        self._products[number] = dot_products(wide if base is None else wide - base.double())
+        changes = experts if base is None else experts.double() - base.double()
+        self._products[number] = dot_products(changes)
 
     def settle(self) -> bool:
         """Choose the weights. Sums are exact, so that the order of pieces does not matter."""

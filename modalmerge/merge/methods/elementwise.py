@@ -48,7 +48,7 @@ def interpolation(
         raise ValueError(f"interpolation: got {len(weights)} weights for {len(experts)} experts; give one each")
     if not all(map(math.isfinite, weights)) or abs(math.fsum(weights) - 1) > 1e-6:
         raise ValueError(f"interpolation: weights must be finite and sum to 1, got {list(weights)}")
-    return weighted_sum(experts, weights).to(experts.dtype)
+    return weighted_sum(experts, weights)
 
 
 def arithmetic(
@@ -79,6 +79,8 @@ def arithmetic(
     """
     _check_experts("arithmetic", experts)
     _check_scale("arithmetic", scale)
+    if _are_narrow(base, experts):
+        return weighted_sum([base, *experts], [1 - len(experts) * scale, *[scale] * len(experts)])
     wide = torch.promote_types(_wider(base.dtype), _wider(experts.dtype))
     start = base.to(wide)
     changes = torch.zeros_like(start)
@@ -165,10 +167,9 @@ def dot_products(changes: Float[Tensor, " expert *dims"]) -> tuple[tuple[float, 
     Returns:
         The square matrix of dot products; those of the pieces of a parameter add up to those of the whole.
     """
-    flat = changes.reshape(len(changes), -1)
-    if flat.dtype != torch.float64:
-        flat = flat.to(torch.float64)
-    return tuple(tuple(row) for row in (flat @ flat.T).tolist())
+    flat = changes.reshape(len(changes), -1).to(torch.float64)
+    products = [[float(torch.dot(flat[i], flat[j])) for j in range(i + 1)] for i in range(len(flat))]
+    return tuple(tuple(products[max(i, j)][min(i, j)] for j in range(len(flat))) for i in range(len(flat)))
 
 
 def slerp_weights(products: Sequence[Sequence[float]], *, fraction: float) -> tuple[float, ...]:
@@ -204,12 +205,14 @@ def combine_changes(
         New tensor, dtype and device of `experts`; rounded as by `interpolation`.
     """
     if base is None:
-        return weighted_sum(experts, weights).to(experts.dtype)
+        return weighted_sum(experts, weights)
+    if _are_narrow(base, experts):
+        return weighted_sum([base, *experts], [1 - math.fsum(weights), *weights])
     wide = torch.promote_types(_wider(base.dtype), _wider(experts.dtype))
     start = base.to(wide)
     merged = start.clone()
     for expert, weight in zip(experts, weights, strict=True):
-        merged.add_(expert.to(wide) - start, alpha=weight)
+        merged.add_((expert.to(wide) - start).mul_(weight))
     return narrow(merged, experts.dtype)
 
 
@@ -297,21 +300,26 @@ def ties_above(
     return mean.mul_(scale).add_(start).to(base.dtype)
 
 
-def weighted_sum(tensors: Float[Tensor, " expert *dims"], weights: Sequence[float]) -> Float[Tensor, " *dims"]:
-    """Add weighted tensors up.
+def weighted_sum(tensors: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
+    """Add weighted tensors of one shape and dtype up; those of weight 0 count for nothing.
 
     Returns:
         New tensor of the same dtype; sums run in float32, for other dtypes in float64, and are rounded once.
     """
-    wide = _wider(tensors.dtype)
-    if len(tensors) == 2 and tensors.dtype == torch.bfloat16 and all(_is_power_of_two(w) for w in weights):
-        # Products are exact, and a sum that float32 rounds is too far from the middle between two bfloat16 values for
-        # that to matter: half the cost of float64 in the commonest case, the plain average of two experts.
-        wide = torch.float32
-    total = tensors[0].to(wide, copy=True).mul_(weights[0])
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_(tensor.to(wide), alpha=weight)
-    return narrow(total, tensors.dtype)
+    terms = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
+    if not terms:
+        return torch.zeros_like(tensors[0])
+    (first, first_weight), *others = terms
+    if first.dtype == torch.bfloat16 and [first_weight, *(weight for _, weight in others)] == [0.5, 0.5]:
+        # The plain average of two, the commonest case, at a fifth of the cost. In float32 it is exact, or so close to
+        # one of the two halves that its last bits do not matter to bfloat16.
+        return torch.lerp(first, others[0][0], 0.5)
+    wide = _wider(first.dtype)
+    total = first.to(wide, copy=True).mul_(first_weight)
+    for tensor, weight in others:
+        # two steps: a fused multiply-add leaves a rest where equal and opposite terms cancel
+        total.add_(tensor.to(wide, copy=True).mul_(weight))
+    return narrow(total, first.dtype)
 
 
 def narrow(values: Float[Tensor, " *dims"], dtype: torch.dtype) -> Float[Tensor, " *dims"]:
@@ -383,8 +391,9 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float64
 
 
-def _is_power_of_two(number: float) -> bool:
-    return math.frexp(number)[0] in (0.5, 0.0)
+def _are_narrow(base: Tensor, experts: Tensor) -> bool:
+    # then float64 has bits to spare, and sums need not start from differences to be exact
+    return base.dtype == experts.dtype and base.dtype.itemsize == 2
 
 
 def _check_experts(method: str, experts: Tensor) -> None:

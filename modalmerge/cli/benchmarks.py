@@ -1,0 +1,145 @@
+"""Commands that measure this project against the stated alternative."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modalmerge.cli.app import AsJson, app, command_line, print_json
+
+bench_app = typer.Typer(
+    help="Measure against the stated alternative, both in one call.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(bench_app, name="bench")
+
+_MEMORY = Path("/dev/shm")
+_LABELS = {
+    "wall_seconds": "wall, s",
+    "cpu_seconds": "processor, s",
+    "work_seconds": "without start-up, s",
+    "peak_anonymous_bytes": "own memory, MB",
+    "peak_rss_bytes": "resident memory, MB",
+}
+
+
+@bench_app.command("merge", epilog="Example: modalmerge bench merge --size 2.2GB --floor -o merge.json")
+def bench_merge(
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Where the files lie meanwhile, five times the size; in memory by default."),
+    ] = None,
+    size: Annotated[str, typer.Option(help="About the size of each checkpoint.")] = "2.2GB",
+    methods: Annotated[
+        str, typer.Option(help="What to measure, mergekit's names.")
+    ] = "linear,task_arithmetic,slerp,ties",
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turns; medians are shown.", min=1)] = 5,
+    mergekit: Annotated[
+        Path | None, typer.Option(help="A Python that has mergekit; by default one is made in a cache folder.")
+    ] = None,
+    floor: Annotated[
+        bool, typer.Option("--floor", help="Also measure reading the inputs and writing the output, and no more.")
+    ] = False,
+    scaling: Annotated[
+        str, typer.Option(metavar="GB,GB,...", help="Also measure this project alone at these sizes.")
+    ] = "",
+    disk: Annotated[
+        Path | None, typer.Option(help="Also measure this project alone in this folder, the inputs not cached.")
+    ] = None,
+    as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for everything measured.")] = None,
+) -> None:
+    """Measure merging against mergekit: time, memory, and whether the results agree."""
+    from modalmerge.bench.merge import benchmark
+    from modalmerge.checkpoint import atomic_file
+    from modalmerge.study.driver import code_version
+
+    measured = benchmark(
+        folder=folder or (_MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())),
+        num_bytes=_bytes("--size", size),
+        methods=[name for name in methods.split(",") if name],
+        rounds=rounds,
+        mergekit_python=mergekit,
+        floor=floor,
+        scaling=[_bytes("--scaling", f"{number}GB") for number in scaling.split(",") if number],
+        disk=disk,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    measured = {"command": command_line(), "commit": code_version(), **measured}
+    if output is not None:
+        with atomic_file(output) as partial:
+            partial.write_text(json.dumps(measured, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    print_json(measured) if as_json else _print_measured(measured)
+
+
+def _bytes(option: str, text: str) -> int:
+    from modalmerge.merge.recipe import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {text!r} is no size; sizes are such as 2.2GB or 500MB") from error
+
+
+def _print_measured(measured: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(*columns, title=title, title_justify="left")
+        for column in made.columns[1:]:
+            column.justify = "right"
+        return made
+
+    def cells(summary: dict[str, Any], *keys: str) -> list[str]:
+        median = summary["median"]
+        return [f"{median[key] / 1e6:.0f}" if key.endswith("bytes") else f"{median[key]:.2f}" for key in keys]
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    machine, gigabytes = measured["machine"], measured["bytes"] / 1e9
+    console.print(
+        f"{gigabytes:.3g} GB a checkpoint on {measured['filesystem']}, medians of {measured['rounds']}; "
+        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, mergekit {machine['other']['mergekit']}"
+    )
+    names = {"ours": "modalmerge", "other": "mergekit", "floor": "floor"}
+    for method, row in measured["methods"].items():
+        present = [name for name in names if name in row]
+        shown = table(method, "", *(names[name] for name in present), "mergekit / modalmerge")
+        for key, label in _LABELS.items():
+            shown.add_row(label, *(cells(row[name], key)[0] for name in present), f"{row['ratio'][key]:.2f}")
+        console.print(shown)
+        for pair, found in row["agreement"].items():
+            console.print(
+                f"{pair.replace('_', ' ').replace('ours', 'modalmerge').replace('other', 'mergekit')}: ", end=""
+            )
+            if method == "ties":  # which of equally large elements is kept is nobody's fault
+                console.print(f"{found['share_equal']:.4%} of {found['num_elements']:,} elements are equal")
+            elif found["num_different"] == 0:
+                console.print(f"all {found['num_elements']:,} elements are equal")
+            else:
+                console.print(
+                    f"{found['num_different']:,} of {found['num_elements']:,} elements differ, "
+                    f"{found['num_beyond_one_unit']:,} by more than one unit in the last place"
+                )
+    measures = ("wall_seconds", "cpu_seconds", "work_seconds", "peak_anonymous_bytes")
+    if measured["scaling"]:
+        per_gb = ("processor, s/GB", "without start-up, s/GB")
+        shown = table("modalmerge alone, average of two", "GB", *(_LABELS[key] for key in measures), *per_gb)
+        for row in measured["scaling"]:
+            rates = (f"{row[f'{key}_per_gb']:.2f}" for key in ("cpu_seconds", "work_seconds"))
+            shown.add_row(f"{row['bytes'] / 1e9:.3g}", *cells(row["ours"], *measures), *rates)
+        console.print(shown)
+    if measured["disk"]:
+        row = measured["disk"]
+        shown = table(
+            f"on {row['filesystem']}, {row['share_read_from_disk']:.0%} of the inputs not cached",
+            "",
+            *(_LABELS[key] for key in measures),
+        )
+        for name in ("ours", "floor"):
+            shown.add_row(names[name], *cells(row[name], *measures))
+        console.print(shown)
+    before, after = (measured["load_average"][when][0] for when in ("before", "after"))
+    console.print(f"load average {before:.2f} before, {after:.2f} after")
