@@ -1,7 +1,7 @@
 """Read checkpoints lazily, write folders of weights that are either whole or absent."""
 
 from modalmerge.checkpoint.header import DTYPE_NAMES, TensorInfo
-from modalmerge.checkpoint.partial import PartialFolder, keep_on_disk_errors
+from modalmerge.checkpoint.partial import PartialFolder, forget, keep_on_disk_errors
 from modalmerge.checkpoint.pickles import PICKLE_SUFFIXES
 from modalmerge.checkpoint.reading import INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from modalmerge.checkpoint.writing import (
@@ -25,6 +25,7 @@ __all__ = [
     "TensorInfo",
     "atomic_file",
     "atomic_folder",
+    "forget",
     "keep_on_disk_errors",
     "open_checkpoint",
     "sha256_file",

@@ -18,7 +18,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class PartialFolder:
     """A folder beside its target, and a journal beside both; used in a `with` statement.
 
-    A kill, an interrupt or a full disk leaves both, to go on from; any other error removes them.
+    A kill, an interrupt, or a full disk once something was finished leaves both, to go on from; any other error
+    removes them.
 
     Args:
         target: folder that it becomes when it is whole.
@@ -32,8 +33,8 @@ class PartialFolder:
 
     def __init__(self, target: Path, *, fingerprint: str, resume: bool) -> None:
         self.target = target
-        self.folder = target.with_name(f".{target.name}.partial")
-        self.journal = target.with_name(f".{target.name}.journal")
+        self.folder = _beside(target, "partial")
+        self.journal = _beside(target, "journal")
         self.finished: dict[str, dict[str, Any]] = {}
         self._fingerprint = fingerprint
         self._resume = resume
@@ -75,7 +76,7 @@ class PartialFolder:
                     os.rename(self.folder, self.target)
                     sync(self.target.parent)
                 self.journal.unlink()
-            elif isinstance(error, Exception) and not isinstance(error, OSError) and not _is_disk(error):
+            elif isinstance(error, Exception) and not (self.finished and _is_disk(error)):
                 self.discard()
         finally:
             os.close(self._descriptor)
@@ -126,8 +127,18 @@ def keep_on_disk_errors(partial: PartialFolder) -> Iterator[None]:
         yield
 
 
+def forget(target: Path) -> None:
+    """Remove the journal that a kill may leave beside a folder right after it got its name."""
+    _beside(target, "journal").unlink(missing_ok=True)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    there = target.absolute()  # "." has no name
+    return there.with_name(f".{there.name}.{kind}")
+
+
 def _is_disk(error: Exception) -> bool:
-    return isinstance(error.__cause__, OSError)
+    return isinstance(error, OSError) or isinstance(error.__cause__, OSError)
 
 
 def _read_lines(descriptor: int) -> Iterator[dict[str, Any]]:

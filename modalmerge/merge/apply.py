@@ -1,6 +1,7 @@
 """Merge: plan what to write, write it, and leave a record with it."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from modalmerge.checkpoint import (
     PartialFolder,
     ShardWriter,
     TensorInfo,
+    forget,
     keep_on_disk_errors,
     open_checkpoint,
     write_files,
@@ -151,7 +153,10 @@ def merge_checkpoint(
     files, config_changes = edit_config(files, plan, layout, recipe)
     inputs = [*opened.values(), *([seed] if seed is not None else [])]
     headers = {name: dict(checkpoint.header_hashes) for name, checkpoint in opened.items()}
-    if resume and _is_same_merge(output, resolved, headers):
+    base_headers = dict(seed.header_hashes) if seed is not None and plan.uses_base else None
+    files_read = [path for checkpoint in inputs for path in checkpoint.files]
+    if resume and _is_same_merge(output, resolved, headers, base_headers, files_read):
+        forget(output)
         record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
         return _outcome(record, output, began, bytes_read=0, bytes_written=0, num_verified=0)
     metadata = {
@@ -162,7 +167,7 @@ def merge_checkpoint(
     }
     finished: dict[str, Done] = {}
     before = 0
-    with PartialFolder(output, fingerprint=_fingerprint(resolved, inputs), resume=resume) as partial:
+    with PartialFolder(output, fingerprint=_fingerprint(metadata, plan, inputs), resume=resume) as partial:
         finished = {name: _done_from(entry) for name, entry in partial.finished.items()}
         before = sum(x.num_bytes for x in plan.outputs if x.name in finished)
         _check_room(output, plan.num_bytes - before)
@@ -258,22 +263,32 @@ def _resolved(recipe: Recipe, plan: Plan, layout: Layout | None = None) -> dict[
     return to_dict(dataclasses.replace(recipe, settings=plan.settings, layout=name))
 
 
-def _fingerprint(resolved: Mapping[str, Any], inputs: Sequence[Checkpoint]) -> str:
-    """Hash what must be equal for a merge to be gone on with: recipe, version, and the input files."""
+def _fingerprint(metadata: Mapping[str, str], plan: Plan, inputs: Sequence[Checkpoint]) -> str:
+    """Hash what must be equal for a merge to be gone on with: headers, what goes where, and the input files."""
     files = []
     for checkpoint in inputs:
         stats = [path.stat() for path in checkpoint.files]
         files.append([dict(checkpoint.header_hashes), [[x.st_size, x.st_mtime_ns] for x in stats]])
-    text = json.dumps([__version__, resolved, files], sort_keys=True)
+    text = json.dumps([metadata, repr(plan.outputs), files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_same_merge(output: Path, resolved: Mapping[str, Any], headers: Mapping[str, Mapping[str, str]]) -> bool:
+def _is_same_merge(
+    output: Path,
+    resolved: Mapping[str, Any],
+    headers: Mapping[str, Mapping[str, str]],
+    base_headers: Mapping[str, str] | None,
+    files: Sequence[Path],
+) -> bool:
     """Tell whether `output` is this merge already, so that a second `--resume` finds it done."""
     if not (output / RECORD).is_file():
         return False
     record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
-    return record.recipe == resolved and {x["name"]: x["headers"] for x in record.inputs} == headers
+    written = (output / RECORD).stat().st_mtime_ns
+    if any(file.stat().st_mtime_ns > written for file in files):  # other values may have an equal header
+        return False
+    found = [(x["name"], x["headers"]) for x in record.inputs], record.base and record.base["headers"]
+    return record.recipe == resolved and found == (list(headers.items()), base_headers)
 
 
 def _check_room(output: Path, num_bytes: int) -> None:
@@ -282,7 +297,7 @@ def _check_room(output: Path, num_bytes: int) -> None:
         raise ValueError(
             f"{output}: {num_bytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free there; make room or "
             "choose another place with -o"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a disk's error: what an earlier run finished is kept
 
 
 def _describe(name: str, number: int, checkpoint: Checkpoint, finished: Mapping[str, Done]) -> dict[str, Any]:
@@ -435,7 +450,7 @@ def _elements(checkpoint: Checkpoint, name: str, begin: int, end: int) -> Tensor
 
 
 def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.uint8)
+    return values.contiguous().view(torch.uint8) if values.numel() else values  # whose strides may be anything
 
 
 def _outcome(

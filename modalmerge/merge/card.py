@@ -1,8 +1,10 @@
 """The model card of a merge: what was merged, how, and how to do it again."""
 
+import shlex
+
 import yaml
 
-from modalmerge.layouts import Layout
+from modalmerge.layouts import LAYOUTS, Layout
 from modalmerge.records import MergeRecord
 
 
@@ -37,7 +39,8 @@ def model_card(record: MergeRecord, layout: Layout | None) -> str:
             "",
         ]
     if record.recipe["tied"]:
-        lines += [f"The merged weights are in every expert's place. Loaded by {layout.tied if layout else ''}.", ""]
+        loaded_by = f" Loaded by {layout.tied}." if layout is not None and layout.tied else ""
+        lines += [f"The merged weights are in every expert's place.{loaded_by}", ""]
     for file, keys in record.config_changes.items():
         changed = ", ".join(f"`{key}` from `{before}` to `{after}`" for key, (before, after) in keys.items())
         lines += [f"In `{file}`, {changed}.", ""]
@@ -47,14 +50,15 @@ def model_card(record: MergeRecord, layout: Layout | None) -> str:
     lines += ["| checkpoint | tensors read | bytes | content |", "|---|---:|---:|---|"]
     for entry in [*record.inputs, *([record.base] if record.base else [])]:
         lines.append(f"| {entry['name']} | {entry['num_tensors']} | {entry['bytes']} | `{entry['content']}` |")
-    again = " ".join(entry["name"] for entry in record.inputs)
-    base_option = f" --base {record.base['name']}" if record.base else ""
+    again = ["modalmerge", "merge", *(entry["name"] for entry in record.inputs)]
+    again += ["--base", record.base["name"]] if record.base else []
+    again += ["--layout", f"{layout.name}.yaml"] if layout is not None and layout.name not in LAYOUTS else []
     lines += [
         "",
         "Again:",
         "",
         "```bash",
-        f"modalmerge merge {again}{base_option} --recipe merge.json -o merged",
+        shlex.join([*again, "--recipe", "merge.json", "-o", "merged"]),
         "```",
     ]
     return "\n".join(lines) + "\n"

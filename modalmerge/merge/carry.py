@@ -29,8 +29,8 @@ def carried_files(checkpoints: Mapping[str, Checkpoint], *, config_from: str) ->
         File name to content: settings, tokenizer, code; nothing of weights, and no record of an earlier merge.
 
     Raises:
-        ValueError: the inputs' files differ and `config_from` does not say whose are meant, it names no input, or a
-            file is too large or cannot be read.
+        ValueError: the inputs' files differ and `config_from` does not say whose are meant, it names no input or one
+            without a folder, or a file is too large or cannot be read.
     """
     found = {name: _small_files(x.folder) for name, x in checkpoints.items() if x.folder is not None}
     if config_from:
@@ -38,7 +38,12 @@ def carried_files(checkpoints: Mapping[str, Checkpoint], *, config_from: str) ->
             raise ValueError(
                 f"config_from: no checkpoint is called {config_from!r}; there are {', '.join(checkpoints)}"
             )
-        return found.get(config_from, {})
+        if config_from not in found:
+            raise ValueError(
+                f"config_from: {config_from} is a file without a config.json beside it; name another of "
+                f"{', '.join(checkpoints)}"
+            )
+        return found[config_from]
     files: dict[str, bytes] = {}
     owner: dict[str, str] = {}
     for name, its_files in found.items():

@@ -117,8 +117,8 @@ class Plan:
 
     @property
     def uses_base(self) -> bool:
-        """Whether any output is made from the base."""
-        return any(output.base is not None for output in self.outputs)
+        """Whether any output is made from the base, or copied from it."""
+        return any(x.base is not None or x.sources[0].checkpoint == self.num_inputs for x in self.outputs)
 
 
 def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | None = None) -> Plan:
@@ -146,8 +146,10 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
     if not experts:
         raise ValueError(f"layout {layout.name}: none of the {len(infos)} tensors is an expert's; nothing to merge")
     resolver = _Resolver(recipe, experts)
-    left_out = {name: place.why for name, place in places.items() if place.left_out}
-    outputs: list[Output] = []
+    no_place = {name: place.why for name, place in places.items() if place.left_out}
+    # tied weights are for the original's code, which has a place for everything
+    outputs = [_copy(name, infos, recipe) for name in no_place] if recipe.tied else []
+    left_out = {} if recipe.tied else no_place
     alone: list[str] = []
     remaining: list[str] = []
     for merged, group in groups.items():
@@ -281,7 +283,7 @@ def plan_models(inputs: Mapping[str, Infos], recipe: Recipe, *, base: Infos | No
         left_out={},
         undeclared=(),
         remaining=(),
-        warnings=tuple(resolver.warnings(base)),
+        warnings=tuple(resolver.warnings(base, copied=bool(recipe.where.layers))),
     )
 
 
@@ -307,7 +309,7 @@ def resolve_settings(method: str, settings: Mapping[str, Any], experts: Sequence
     known = {*parameters, "use_experts", *(["ratio"] if "weights" in parameters else [])}
     for name in settings:
         if name not in known:
-            raise unknown(name, known, f"setting of {method}")
+            raise unknown(str(name), known, f"setting of {method}")
     resolved: dict[str, Any] = {"use_experts": _check_use_experts(settings.get("use_experts", "all"), experts)}
     for name, parameter in parameters.items():
         if name == "weights":
@@ -338,6 +340,7 @@ class _Resolver:
         self._experts = experts
         self._cache: dict[tuple[int, ...], dict[str, Any]] = {(): self.plain}
         self._held: set[int] = set()
+        self._tried: set[tuple[int, tuple[tuple[str, Any], ...]]] = set()
 
     def settings(self, place: Place) -> dict[str, Any]:
         """Resolve the settings of a parameter at this place."""
@@ -358,17 +361,29 @@ class _Resolver:
         """Turn resolved settings into what the method is called with for one parameter."""
         parameters = setting_parameters(self.function)
         settings = {name: resolved[name] for name in parameters if name != "weights"}
-        if "weights" not in parameters:
-            return settings
         try:
             if "ratio" in resolved:
-                return {**settings, "weights": expert_weights(used, ratio=resolved["ratio"])}
-            total = math.fsum(resolved["weights"][expert] for expert in used)
-            if total == 0:
-                raise ValueError(f"weights of {', '.join(used)} sum to 0")
-            return {**settings, "weights": tuple(resolved["weights"][expert] / total for expert in used)}
+                settings["weights"] = expert_weights(used, ratio=resolved["ratio"])
+            elif "weights" in parameters:
+                total = math.fsum(resolved["weights"][expert] for expert in used)
+                if total == 0:
+                    raise ValueError(f"weights of {', '.join(used)} sum to 0")
+                settings["weights"] = tuple(resolved["weights"][expert] / total for expert in used)
+            self._try(len(used), settings)
+            return settings
         except ValueError as error:
             raise ValueError(f"{merged}: {error}") from error
+        except Exception as error:
+            error.add_note(f"while merging {merged}")
+            raise
+
+    def _try(self, num_experts: int, settings: Mapping[str, Any]) -> None:
+        """Have the method check its settings and the number of experts, on tensors without elements."""
+        tried = (num_experts, tuple(settings.items()))
+        if tried not in self._tried:
+            supplied = {"experts": torch.zeros(num_experts, 0), "base": torch.zeros(0)}
+            self.function(*(supplied[need] for need in takes(self.function)), **settings)
+            self._tried.add(tried)
 
     def check_overrides_held(self) -> None:
         """Refuse an override that holds for nothing that is merged."""
@@ -376,9 +391,9 @@ class _Resolver:
             if number not in self._held:
                 raise ValueError(f"the settings for {override.where} hold for nothing that is merged")
 
-    def warnings(self, base: Infos | None) -> list[str]:
-        """Say what was given and is not used."""
-        if base is not None and "base" not in takes(self.function):
+    def warnings(self, base: Infos | None, *, copied: bool = False) -> list[str]:
+        """Say what was given and is not used; the base may have been copied from."""
+        if base is not None and "base" not in takes(self.function) and not copied:
             return [f"{self._recipe.method} uses no base; the one given was not read"]
         return []
 

@@ -1,9 +1,11 @@
 """Recipes: everything that decides what a merge writes, but for the weights themselves."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ SHARD_BYTES = 5 * 10**9
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
+@functools.cache  # asked for every parameter
 def parse_layers(text: str) -> frozenset[int]:
     """Read numbers and ranges of layers, such as "0-9,11".
 
@@ -24,8 +27,8 @@ def parse_layers(text: str) -> frozenset[int]:
         ValueError: `text` is something else.
     """
     layers: set[int] = set()
-    for piece in text.replace(" ", "").split(",") if text else []:
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", piece)
+    for piece in text.split(",") if text else []:
+        match = re.fullmatch(r" *(\d{1,5})(?: *- *(\d{1,5}))? *", piece)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"layers must be numbers and ranges such as '0-9,11', got {text!r}")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
@@ -148,7 +151,8 @@ def from_dict(content: Any, *, source: str = "recipe") -> Recipe:
         _check_keys(entry, {"only": [], "layers": "", "settings": {}}, f"{source}: overrides[{number}]")
         if not isinstance(entry.get("settings"), dict) or not entry["settings"]:
             raise ValueError(f"{source}: overrides[{number}] must hold settings, got {entry!r}")
-        overrides.append(Override(where=_where(entry, source), settings=entry["settings"]))
+        where = _where(entry, f"{source}: overrides[{number}]")
+        overrides.append(Override(where=where, settings=entry["settings"]))
     plain = {key: content[key] for key in ("method", "settings", "layout", "dtype", "tied") if key in content}
     plain |= {key: content[key] for key in ("allow_nonfinite", "config_from") if key in content}
     if "shard_size" in content:
@@ -196,8 +200,8 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", str(text))
     if not match or match[2] not in _UNITS:
-        raise ValueError(f"a size is a number and one of {', '.join(filter(None, _UNITS))}, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+        raise ValueError(f"a shard size is a number and one of {', '.join(filter(None, _UNITS))}, got {text!r}")
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 def parse_setting(text: str) -> tuple[Where | None, str, Any]:
@@ -220,16 +224,23 @@ def parse_setting(text: str) -> tuple[Where | None, str, Any]:
     if not at:
         return None, name, parsed
     words, colon, layers = place.partition(":")
+    if colon and not layers:
+        raise ValueError(f"a setting has the form KEY=VALUE or KEY@WHERE=VALUE, got {text!r}")
     if not colon and re.fullmatch(r"[\d,-]+", words):
         words, layers = "", words
     return Where(only=tuple(filter(None, words.split(","))), layers=layers), name, parsed
 
 
 def _where(content: Mapping[str, Any], source: str) -> Where:
-    only = content.get("only", [])
+    only, layers = content.get("only", []), content.get("layers", "")
     if not isinstance(only, list) or not all(isinstance(name, str) for name in only):
         raise ValueError(f"{source}: only must be a list of components or parts, got {only!r}")
-    return Where(only=tuple(only), layers=str(content.get("layers", "")))
+    if not isinstance(layers, str):
+        raise ValueError(f"{source}: layers must be text such as '0-9,11', got {layers!r}")
+    try:
+        return Where(only=tuple(only), layers=layers)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _check_keys(content: Any, known: Mapping[str, Any], source: str) -> None:
