@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from plain_merges import check_close, exact, read, write
+from plain_merges import CONFIG, check_close, exact, read, write
 
 from modalmerge.layouts import LAYOUTS
 from modalmerge.merge import apply
-from modalmerge.merge.apply import merge_checkpoint
+from modalmerge.merge.apply import merge_checkpoint, merge_tensors
 from modalmerge.merge.recipe import Override, Recipe, Where
 
 
@@ -250,3 +250,34 @@ def test_every_tensor_is_accounted_for(tmp_path):
     }
     assert "the layout says nothing of 1 tensors, such as unknown.weight; they are carried over" in record.warnings
     assert record.inputs[0]["num_tensors"] == len(tensors) - len(record.left_out)
+
+
+def test_an_expert_that_is_zeros_can_be_chosen_alone():
+    tensors = {name: x for name, x in experts_of("cogvlm2").items() if "position_ids" not in name}
+    merged, _ = merge_tensors(tensors, layout=LAYOUTS["cogvlm2"], settings={"use_experts": ["text"]})
+    name = "model.layers.0.self_attn.query_key_value"
+    assert torch.equal(merged[f"{name}.bias"], torch.zeros(4, 3))
+    expert = "model.layers.0.self_attn.language_expert_query_key_value.weight"
+    assert torch.equal(merged[f"{name}.weight"], tensors[expert])
+
+
+@pytest.mark.parametrize("name", ["transformer.blocks.0.mlp.v.fc1.weight", "transformer.norm.weight"])
+def test_what_float16_cannot_hold_is_named(tmp_path, name):
+    tensors = experts_of("vl-merging")
+    tensors[name] = tensors[name] + 1e6
+    source = write(tmp_path / "experts", tensors)
+    with pytest.raises(ValueError, match=r"(fc1|norm)\.weight: some elements are too large for float16.*bfloat16"):
+        merge_checkpoint(source, tmp_path / "merged", recipe=Recipe(dtype="float16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["experts"]
+    merge_checkpoint(source, tmp_path / "merged", recipe=Recipe(dtype="float16", allow_nonfinite=True))
+    assert read(tmp_path / "merged")[name.replace(".v.", ".")].isinf().all()
+
+
+def test_licences_come_along_and_records_do_not(tmp_path):
+    source = write(tmp_path / "experts", experts_of("vl-merging"))
+    for name in ("LICENSE", "NOTICE.md", "convert.json", "merge.json", "notes.md"):
+        (source / name).write_text("{}")
+    merge_checkpoint(source, tmp_path / "merged")
+    found = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert found == {"LICENSE", "NOTICE.md", "merge.json", "README.md", "model.safetensors", *CONFIG}
+    assert (tmp_path / "merged" / "merge.json").read_text() != "{}"

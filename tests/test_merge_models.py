@@ -492,3 +492,38 @@ def test_a_survey_of_nan_and_infinities_comes_to_an_end(tmp_path, monkeypatch, m
     wanted = METHODS[method](*({"base": base, "experts": torch.stack([one, two])}[x] for x in takes(METHODS[method])))
     assert torch.equal(read(tmp_path / "out")["a"].nan_to_num(7.0), wanted.nan_to_num(7.0))
     json.loads((tmp_path / "out" / "merge.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("dtype", ["", "float64"])
+def test_a_method_that_needs_whole_parameters_gets_them(tmp_path, three, monkeypatch, dtype):
+    """One that is not among the piecewise ones, here turning the sum of the experts upside down."""
+    tensors, paths = three
+    shapes = []
+
+    def flipped(base, experts, *, scale: float = 2.0):
+        shapes.append(tuple(experts.shape))
+        return (base + scale * experts.sum(0)).flip(0) if base.ndim else base + scale * experts.sum(0)
+
+    monkeypatch.setitem(METHODS, "flipped", flipped)
+    pieced(monkeypatch, 7)
+    sources = {name: paths[name] for name in ("one", "two")}
+    recipe = Recipe(method="flipped", dtype=dtype)
+    outcome = merge_checkpoint(sources, tmp_path / "out", recipe=recipe, base=paths["base"], verify=True)
+    merged = read(tmp_path / "out")
+    for name in SHAPES:
+        total = tensors["base"][name] + 2 * (tensors["one"][name] + tensors["two"][name])
+        wanted = (total.flip(0) if total.ndim else total).double().numpy()
+        check_close(merged[name].float(), wanted)
+    assert {shape[1:] for shape in shapes} >= set(SHAPES.values())
+    monkeypatch.delitem(METHODS, "flipped")
+    other = merge_checkpoint(sources, tmp_path / "other", recipe=Recipe(method="arithmetic"), base=paths["base"])
+    assert [x["content"] for x in outcome.record.inputs] == [x["content"] for x in other.record.inputs]
+
+
+def test_nan_is_found_by_methods_that_need_whole_parameters(tmp_path, three, monkeypatch):
+    tensors, paths = three
+    monkeypatch.setitem(METHODS, "whole", lambda experts: experts.sum(0))
+    broken = {**tensors["two"], "scale": torch.tensor(float("nan"))}
+    sources = {"one": paths["one"], "two": write(tmp_path / "broken", broken)}
+    with pytest.raises(ValueError, match="broken: tensor 'scale' holds 1 NaN and 0 infinite elements of 1"):
+        merge_checkpoint(sources, tmp_path / "out", recipe=Recipe(method="whole"))

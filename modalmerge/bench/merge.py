@@ -99,6 +99,7 @@ def benchmark(
     methods: Sequence[str],
     rounds: int,
     mergekit_python: Path | None = None,
+    tuned: bool = False,
     floor: bool = False,
     scaling: Sequence[int] = (),
     disk: Path | None = None,
@@ -112,6 +113,7 @@ def benchmark(
         methods: names of `METHODS`, at least one.
         rounds: runs of each; medians are drawn.
         mergekit_python: a Python that has mergekit; None to make one.
+        tuned: give mergekit the settings with which it was fastest, instead of its defaults.
         floor: also measure a process that only reads the inputs and writes the output.
         scaling: further sizes, at which this project alone takes the average of two experts.
         disk: a folder on a disk, where it does so too, with the inputs out of the cache.
@@ -139,7 +141,7 @@ def benchmark(
         say("writing a seed and two experts")
         checkpoint_bytes = write_models(work, config)
         measured = {
-            name: _measure_method(name, method, work, python, rounds=rounds, floor=floor, say=say)
+            name: _measure_method(name, method, work, python, tuned, rounds=rounds, floor=floor, say=say)
             for name, method in chosen.items()
         }
     scaled = [_measure_ours(folder, size, rounds=rounds, say=say) for size in sizes]
@@ -156,7 +158,7 @@ def benchmark(
         "num_tensors": len(llama_infos(config)),
         "filesystem": filesystem_of(folder),
         "rounds": rounds,
-        "flags": list(mergekit.FLAGS),
+        "flags": list(mergekit.TUNED_FLAGS if tuned else mergekit.FLAGS),
         "methods": measured,
         "scaling": scaled,
         "disk": on_disk,
@@ -164,7 +166,7 @@ def benchmark(
 
 
 def _measure_method(
-    name: str, method: Method, work: Path, python: Path, *, rounds: int, floor: bool, say: Say
+    name: str, method: Method, work: Path, python: Path, tuned: bool, *, rounds: int, floor: bool, say: Say
 ) -> dict[str, Any]:
     """Measure one merge by both, and compare what they wrote."""
     config = work / f"{name}.json"  # which is YAML too
@@ -174,7 +176,7 @@ def _measure_method(
         json.dumps({**method.other, **paths, "models": models, "dtype": "float32", "out_dtype": "bfloat16"})
     )
     other = Contender(
-        words=mergekit.command(python, config, work / "other"),
+        words=mergekit.command(python, config, work / "other", tuned=tuned),
         output=work / "other",
         environment=mergekit.environment(),
     )

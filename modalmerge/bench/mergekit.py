@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 VERSION = "0.1.5"
-# Its fastest on a CPU, and with the least memory: one shard is written while the next is merged. There is no tokenizer
-# to copy; its other settings for little memory are for GPUs (--low-cpu-memory) and pickles (--lazy-unpickle).
-FLAGS = (
+FLAGS = ("--no-copy-tokenizer", "--quiet")  # its defaults otherwise; there is no tokenizer to copy
+# Its fastest on a CPU, and with the least memory: one shard is written while the next is merged. Its other settings for
+# little memory are for GPUs (--low-cpu-memory) and pickles (--lazy-unpickle).
+TUNED_FLAGS = (
     *("--async-write", "--write-threads", str(os.cpu_count() or 1), "--out-shard-size", "200M"),
-    *("--no-copy-tokenizer", "--no-write-model-card", "--quiet"),
+    *("--no-write-model-card", *FLAGS),
 )
 # The command `mergekit-yaml`, which says on standard output how long its run_merge took, and nothing else there.
 COMMAND = """\
@@ -89,12 +90,13 @@ def make_environment(report: Callable[[str], None]) -> Path:
     return python
 
 
-def command(python: Path, config: Path, output: Path) -> list[str]:
+def command(python: Path, config: Path, output: Path, *, tuned: bool) -> list[str]:
     """Spell out a merge by mergekit.
 
     Args:
         python: that has mergekit.
         config: its YAML (or JSON) file.
         output: folder to write.
+        tuned: with `TUNED_FLAGS` instead of `FLAGS`.
     """
-    return [str(python), "-c", COMMAND, str(config), str(output), *FLAGS]
+    return [str(python), "-c", COMMAND, str(config), str(output), *(TUNED_FLAGS if tuned else FLAGS)]

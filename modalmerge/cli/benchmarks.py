@@ -39,6 +39,9 @@ def bench_merge(
     mergekit: Annotated[
         Path | None, typer.Option(help="A Python that has mergekit; by default one is made in a cache folder.")
     ] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="Give mergekit the settings with which it was fastest, not its defaults.")
+    ] = False,
     floor: Annotated[
         bool, typer.Option("--floor", help="Also measure reading the inputs and writing the output, and no more.")
     ] = False,
@@ -62,6 +65,7 @@ def bench_merge(
         methods=[name for name in methods.split(",") if name],
         rounds=rounds,
         mergekit_python=mergekit,
+        tuned=tuned,
         floor=floor,
         scaling=[_bytes("--scaling", f"{number}GB") for number in scaling.split(",") if number],
         disk=disk,

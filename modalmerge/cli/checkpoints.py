@@ -97,7 +97,7 @@ def merge(
     given = {"method": method, "layout": layout, "dtype": dtype, "shard_size": shard_size, "config_from": config_from}
     content |= {key: value for key, value in given.items() if value}
     content |= {key: True for key, value in (("tied", tied), ("allow_nonfinite", allow_nonfinite)) if value}
-    content |= {"only": [word for word in only.split(",") if word]} if only else {}
+    content |= {"only": only.split(",")} if only else {}
     content |= {"layers": layers} if layers else {}
     _add_settings(content, changes or [])
     outcome = merge_checkpoint(

@@ -28,7 +28,7 @@ from modalmerge.checkpoint import (
     open_checkpoint,
     write_files,
 )
-from modalmerge.layouts import ZEROS, Layout, detect, load_layout
+from modalmerge.layouts import Layout, detect, load_layout
 from modalmerge.merge.card import model_card
 from modalmerge.merge.carry import CARD, RECORD, carried_files, edit_config
 from modalmerge.merge.plan import Output, Plan, Source, plan_experts, plan_models
@@ -283,7 +283,10 @@ def _is_same_merge(
     """Tell whether `output` is this merge already, so that a second `--resume` finds it done."""
     if not (output / RECORD).is_file():
         return False
-    record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
+    try:
+        record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
+    except ValueError:
+        return False  # no record of this version: a folder in the way, which is refused as such
     written = (output / RECORD).stat().st_mtime_ns
     if any(file.stat().st_mtime_ns > written for file in files):  # other values may have an equal header
         return False
@@ -431,15 +434,16 @@ def _looked_at(output: Output, *, whole: bool) -> list[tuple[int, int]]:
 
 
 def _recompute(plan: Plan, output: Output, inputs: Sequence[Checkpoint], begin: int, end: int) -> Tensor:
+    # a method that needs all of a parameter may need its shape, too
+    shape = output.info.shape if end - begin == output.num_elements else (end - begin,)
+
     def read(source: Source) -> Tensor:
-        return _elements(inputs[source.checkpoint], source.name, begin, end)
+        return _elements(inputs[source.checkpoint], source.name, begin, end).reshape(shape)
 
     if output.is_copy:
-        return read(output.sources[0]).to(output.info.dtype)
-    part = dataclasses.replace(output, info=TensorInfo(output.info.dtype, (end - begin,)))
-    if any(source.name != ZEROS for source in part.sources):
-        return compute(plan, part, read)
-    return torch.zeros(end - begin, dtype=output.info.dtype)
+        return read(output.sources[0]).to(output.info.dtype).reshape(-1)
+    part = dataclasses.replace(output, info=TensorInfo(output.info.dtype, shape))
+    return compute(plan, part, read).reshape(-1)
 
 
 def _elements(checkpoint: Checkpoint, name: str, begin: int, end: int) -> Tensor:

@@ -13,6 +13,8 @@ from modalmerge.merge.recipe import Recipe
 RECORD, CARD = "merge.json", "README.md"
 CONFIG = "config.json"
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+_RECORDS = (RECORD, "convert.json")  # of what was done to the input
 _LARGEST = 64 * 2**20  # the largest tokenizers in use take about 30 MiB
 # What a configuration says of where it comes from, not of the model.
 _ORIGIN = {"_name_or_path", "transformers_version", "_commit_hash"}
@@ -97,9 +99,8 @@ def edit_config(
 def _small_files(folder: Path) -> dict[str, bytes]:
     files = {}
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in _SUFFIXES or path.name == RECORD:
-            continue
-        if path.name.endswith(".index.json"):
+        wanted = path.suffix in _SUFFIXES or path.name.upper().startswith(_LICENCES)
+        if not wanted or not path.is_file() or path.name in _RECORDS or path.name.endswith(".index.json"):
             continue
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"{path}: more than {_LARGEST >> 20} MiB, too large to be carried over; move it away")

@@ -130,9 +130,9 @@ def compute(plan: Plan, output: Output, read: Callable[[Source], Tensor], *, dev
         New tensor of the output's dtype, on the CPU.
     """
     tensors = [None if source.name == ZEROS else read(source) for source in output.sources]
-    shape = output.info.shape
-    there = [tensor for tensor in tensors if tensor is not None]
-    stacked = _stack([torch.zeros(shape, dtype=there[0].dtype) if x is None else x for x in tensors])
+    dtype, shape = output.info
+    zeros = torch.zeros(shape, dtype=next((x.dtype for x in tensors if x is not None), dtype))
+    stacked = _stack([zeros if x is None else x for x in tensors])
     base = None if output.base is None else read(output.base)
     return _apply(plan, output, (stacked.to(device), None if base is None else base.to(device)), None).cpu()
 
@@ -394,7 +394,7 @@ def _merge_piece(job: _Job, number: int, buffers: _Buffers) -> None:
                 return
     piece = _read_piece(job, number, buffers, hashed=True)
     merged = _apply(job.state.plan, job.output, piece, job.survey)
-    _write(job, number, _bytes_of(merged.contiguous()))
+    _write(job, number, _in_range(job, _bytes_of(merged.contiguous())))
 
 
 def _merge_whole(job: _Job, buffers: _Buffers) -> None:
@@ -416,7 +416,7 @@ def _merge_whole(job: _Job, buffers: _Buffers) -> None:
     merged = compute(state.plan, output, read, device=state.device).contiguous().reshape(-1)
     for number in range(job.num_pieces):
         begin, end = job.range(number)
-        _write(job, number, _bytes_of(merged[begin:end]))
+        _write(job, number, _in_range(job, _bytes_of(merged[begin:end])))
 
 
 def _copy_piece(job: _Job, number: int, buffers: _Buffers) -> None:
@@ -437,7 +437,20 @@ def _copy_piece(job: _Job, number: int, buffers: _Buffers) -> None:
     if dtype == output.info.dtype:
         _write(job, number, views[0])
     else:
-        _write(job, number, _bytes_of(narrow(rows[0].double(), output.info.dtype)))
+        _write(job, number, _in_range(job, _bytes_of(narrow(rows[0].double(), output.info.dtype))))
+
+
+def _in_range(job: _Job, view: memoryview) -> memoryview:
+    """Refuse a result that float16 has no numbers for, where the inputs are of another dtype."""
+    output = job.output
+    narrowed = output.info.dtype == torch.float16 and any(
+        _info(job, source).dtype != torch.float16 for source in output.sources if source.name != ZEROS
+    )
+    if narrowed and len(view) and not job.state.allow_nonfinite and _holds_nonfinite(view, torch.float16):
+        raise ValueError(
+            f"{output.name}: some elements are too large for float16, which ends at 65,504; choose --dtype bfloat16"
+        )
+    return view
 
 
 def _widen(output: Output, piece: Piece) -> Piece:
