@@ -1,12 +1,12 @@
 """Say what a checkpoint is: its layout, its experts, and what merging them would save."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 from modalmerge.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from modalmerge.layouts import LAYOUTS, ZEROS, Layout, Place, detect, load_layout
+from modalmerge.layouts import LAYOUTS, ZEROS, Layout, Place, detect, load_layout, recorded_layout
+from modalmerge.merge.plan import MERGEABLE, show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,22 +73,14 @@ def inspect(source: Path | str, layout: str = "") -> Inspection:
 
 
 def _find_layout(checkpoint: Checkpoint) -> Layout:
-    """Find the layout by the names, or by the recipe in the header of what was merged here."""
+    """Find the layout by the names, or in the header of what was merged or converted here."""
     try:
         return detect(checkpoint.names)
     except ValueError:
-        merged_from = _recipe(checkpoint).get("layout")
-        if not isinstance(merged_from, str) or merged_from not in LAYOUTS:
+        recorded = recorded_layout(checkpoint.metadata)
+        if recorded not in LAYOUTS:
             raise
-        return LAYOUTS[merged_from]
-
-
-def _recipe(checkpoint: Checkpoint) -> dict[str, object]:
-    try:
-        recipe = json.loads(checkpoint.metadata.get("recipe", ""))
-    except (ValueError, RecursionError):
-        return {}  # it is no file of ours
-    return recipe if isinstance(recipe, dict) else {}
+        return LAYOUTS[recorded]
 
 
 def _inspect(checkpoint: Checkpoint, layout: Layout) -> Inspection:
@@ -105,13 +97,20 @@ def _inspect(checkpoint: Checkpoint, layout: Layout) -> Inspection:
     except ValueError as error:
         problems.append(str(error))
         groups = {}
+        for name, place in places.items():
+            if place.expert:
+                group = groups.setdefault(place.merged, {})
+                assert isinstance(group, dict)
+                group[place.expert] = name
     for merged, group in groups.items():
         if isinstance(group, str):
             continue
         natives = {expert: name for expert, name in group.items() if name != ZEROS}
-        shapes = {infos[name].shape for name in natives.values()}
-        if len(shapes) > 1:
-            problems.append(f"the experts of {merged} differ in shape: {', '.join(map(str, sorted(shapes)))}")
+        shown = sorted({show(infos[name]) for name in natives.values()})
+        if len(shown) > 1:
+            problems.append(f"the experts of {merged} differ: {', '.join(shown)}")
+        if any(infos[name].dtype not in MERGEABLE for name in natives.values()):
+            problems.append(f"the experts of {merged} are {', '.join(shown)}, which is no dtype to merge")
         num_groups += len(group) > 1
         for number, (expert, name) in enumerate(natives.items()):
             size, place = _size(infos[name]), places[name]

@@ -58,19 +58,9 @@ def fake_mergekit(tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run `bench merge` in this process; gives (exit code, standard output, standard error)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["modalmerge", "bench", "merge", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+def bench_merge(call):
+    """Run `bench merge` in this process."""
+    return lambda *words: call("bench", "merge", *words)
 
 
 def python(code):
@@ -369,26 +359,26 @@ def test_the_words_for_this_project_are_right(name, tmp_path, monkeypatch, capsy
         ("--mergekit nothing", "--mergekit nothing: not a Python that has mergekit"),
     ],
 )
-def test_a_wrong_word_is_answered(call, tmp_path, monkeypatch, words, message):
+def test_a_wrong_word_is_answered(bench_merge, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    code, out, err = call("--size", "1MB", "--dir", tmp_path, *words.split())
+    code, out, err = bench_merge("--size", "1MB", "--dir", tmp_path, *words.split())
     assert (code, out) == (1, "") and message in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_is_said(call, tmp_path, monkeypatch):
+def test_too_little_memory_is_said(bench_merge, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "filesystem_of", lambda folder: "tmpfs")
     monkeypatch.setattr(bench, "available_memory", lambda: 1_000_000_000)
-    code, _, err = call("--size", "1MB", "--dir", tmp_path)
+    code, _, err = bench_merge("--size", "1MB", "--dir", tmp_path)
     assert (
         code == 1
         and "5 checkpoints need 0.01 GB, 0.00 are left; choose a smaller size, or another folder with --dir" in err
     )
 
 
-def test_a_mergekit_that_fails_is_quoted_and_leaves_nothing(call, fake_mergekit, tmp_path, monkeypatch):
+def test_a_mergekit_that_fails_is_quoted_and_leaves_nothing(bench_merge, fake_mergekit, tmp_path, monkeypatch):
     monkeypatch.setattr(mergekit, "COMMAND", "raise RuntimeError('no such luck')")
-    code, _, err = call("--dir", tmp_path, "--size", "1MB", "--methods", "linear", "--mergekit", fake_mergekit)
+    code, _, err = bench_merge("--dir", tmp_path, "--size", "1MB", "--methods", "linear", "--mergekit", fake_mergekit)
     assert code == 1 and "ended with 1:" in err and "RuntimeError: no such luck" in err
     assert list(tmp_path.iterdir()) == []
 

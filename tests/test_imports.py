@@ -16,7 +16,7 @@ ALLOWED = {
     "checkpoint": set(),
     "layouts": {"checkpoint", "registry"},
     "distance": {"checkpoint", "layouts", "records"},
-    "inspection": {"checkpoint", "layouts"},
+    "inspection": {"checkpoint", "layouts", "merge"},
     "merge": {"checkpoint", "layouts", "distance", "records", "registry"},
     "model": {"checkpoint", "layouts", "registry"},
     "data": {"registry"},

@@ -9,6 +9,7 @@ from plain_merges import CONFIG, check_close, exact, read, write
 from modalmerge.layouts import LAYOUTS
 from modalmerge.merge import apply
 from modalmerge.merge.apply import merge_checkpoint, merge_tensors
+from modalmerge.merge.methods.elementwise import interpolation
 from modalmerge.merge.recipe import Override, Recipe, Where
 
 
@@ -266,7 +267,7 @@ def test_what_float16_cannot_hold_is_named(tmp_path, name):
     tensors = experts_of("vl-merging")
     tensors[name] = tensors[name] + 1e6
     source = write(tmp_path / "experts", tensors)
-    with pytest.raises(ValueError, match=r"(fc1|norm)\.weight: some elements are too large for float16.*bfloat16"):
+    with pytest.raises(ValueError, match=r"(fc1|norm)\.weight: some elements of the result are too large for float16"):
         merge_checkpoint(source, tmp_path / "merged", recipe=Recipe(dtype="float16"))
     assert [path.name for path in tmp_path.iterdir()] == ["experts"]
     merge_checkpoint(source, tmp_path / "merged", recipe=Recipe(dtype="float16", allow_nonfinite=True))
@@ -281,3 +282,40 @@ def test_licences_come_along_and_records_do_not(tmp_path):
     found = {path.name for path in (tmp_path / "merged").iterdir()}
     assert found == {"LICENSE", "NOTICE.md", "merge.json", "README.md", "model.safetensors", *CONFIG}
     assert (tmp_path / "merged" / "merge.json").read_text() != "{}"
+
+
+@pytest.mark.parametrize(
+    ("experts", "recipe"),
+    [
+        (torch.tensor([60000.0, -60000.0]).half(), Recipe(settings={"weights": {"vision": 3, "text": -2}})),
+        (torch.tensor([torch.finfo(torch.float32).max] * 2), Recipe(dtype="bfloat16")),
+    ],
+    ids=["weights", "dtype"],
+)
+def test_finite_inputs_never_become_infinite_in_silence(tmp_path, experts, recipe):
+    names = [f"layers.0.ffn.{expert}.fc1.weight" for expert in ("vision", "text")]
+    tensors = {
+        names[0]: experts,
+        names[1]: experts * (1 if recipe.dtype else -1),
+        "layers.0.attention_scale": torch.ones(2),
+        "layers.0.attention.qkv.weight": torch.ones(2),
+    }
+    source = write(tmp_path / "experts", tensors, files={})
+    with pytest.raises(
+        ValueError, match="some elements of the result are too large for b?float16, though the inputs are"
+    ):
+        merge_checkpoint(source, tmp_path / "merged", recipe=recipe)
+
+
+def test_the_average_of_the_largest_numbers_does_not_overflow():
+    experts = torch.tensor([[3e38, 1.0, 3e38], [-3e38, 2.0, 3e38]]).bfloat16()
+    assert torch.equal(interpolation(experts, weights=(0.5, 0.5)), torch.tensor([0.0, 1.5, 3e38]).bfloat16())
+
+
+def test_experts_left_in_a_foreign_family_are_warned_about(tmp_path):
+    source = write(tmp_path / "experts", experts_of("vl-merging"))
+    half = Recipe(where=Where(only=("ffn",)))
+    warnings = merge_checkpoint(source, tmp_path / "half", recipe=half).record.warnings
+    assert any("stay beside the merged ones" in warning and "--tied" in warning for warning in warnings)
+    tied = Recipe(where=Where(only=("ffn",)), tied=True)
+    assert not any("--tied" in x for x in merge_checkpoint(source, tmp_path / "tied", recipe=tied).record.warnings)

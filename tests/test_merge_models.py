@@ -527,3 +527,34 @@ def test_nan_is_found_by_methods_that_need_whole_parameters(tmp_path, three, mon
     sources = {"one": paths["one"], "two": write(tmp_path / "broken", broken)}
     with pytest.raises(ValueError, match="broken: tensor 'scale' holds 1 NaN and 0 infinite elements of 1"):
         merge_checkpoint(sources, tmp_path / "out", recipe=Recipe(method="whole"))
+
+
+def test_models_that_are_not_used_are_listed(tmp_path, three):
+    _, paths = three
+    sources = {name: paths[name] for name in ("one", "two")}
+    recipe = Recipe(settings={"use_experts": ["one"]})
+    left_out = merge_checkpoint(sources, tmp_path / "out", recipe=recipe).record.left_out
+    assert left_out == {f"two: {name}": "use_experts is one" for name in SHAPES}
+    recipe = Recipe(where=Where(layers="1"))
+    left_out = merge_checkpoint(sources, tmp_path / "layers", recipe=recipe, base=paths["base"]).record.left_out
+    assert set(left_out) == {f"{model}: {name}" for model in sources for name in SHAPES if ".1." not in name}
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["", "bfloat16", "float64"])
+def test_verification_agrees_on_large_parameters(tmp_path, monkeypatch, method, dtype):
+    """Pieces are compared with pieces, also where the whole was measured first, and NaN with NaN."""
+    pieced(monkeypatch, 1024, sample=4096)
+    shapes = {"a": (90, 100), "b": (3,)}
+    base = model(0, shapes=shapes, dtype=torch.float64)
+    paths = {n: model(n, near=base, shapes=shapes, dtype=torch.float64) for n in (1, 2)}
+    paths[1]["a"][3, 4] = float("nan")
+    sources = {f"m{n}": write(tmp_path / f"m{n}", tensors) for n, tensors in paths.items()}
+    seed = write(tmp_path / "seed", base) if "base" in takes(METHODS[method]) else None
+    recipe = Recipe(method=method, dtype=dtype, allow_nonfinite=True)
+    assert merge_checkpoint(sources, tmp_path / "out", recipe=recipe, base=seed, verify=True).num_verified == 3
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path, three):
+    with pytest.raises(ValueError, match="device 'nonsense' cannot be used: .*; cpu always can"):
+        merge_checkpoint(three[1], tmp_path / "out", device="nonsense")

@@ -1,7 +1,6 @@
 """Recipes, the settings of a command, and what a merge leaves beside its weights: record, card, configuration."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modalmerge import cli
 from modalmerge.checkpoint import open_checkpoint, write_folder
 from modalmerge.layouts import COMPONENTS, PARTS
 from modalmerge.merge.apply import merge_checkpoint
@@ -59,20 +57,9 @@ def source(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `modalmerge merge` in this process; gives (exit code, standard output, standard error)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["modalmerge", "merge", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+def command(call):
+    """Run `modalmerge merge` in this process."""
+    return lambda *words: call("merge", *words)
 
 
 # What is written, and what is read.
@@ -357,7 +344,7 @@ def test_weights_of_the_command_replace_the_ratio_of_the_file(tmp_path, source, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give the checkpoints to merge either in the command or under `sources` in the recipe"),
+        ([], "no checkpoint is named; give its file or folder, or `sources` in a recipe"),
         (["experts", "--set", "raito=1"], "unknown setting of interpolation 'raito'; nearest: 'ratio'"),
         (["experts", "--only", "atention"], "unknown component or part 'atention'; nearest: 'attention'"),
         (["experts", "--layers", "a"], "layers must be numbers and ranges such as '0-9,11', got 'a'"),

@@ -6,7 +6,11 @@ from pathlib import Path
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_]|[.-](?![.-]))*(?<![.-])"
 _HUB_ID = re.compile(f"{_NAME}/{_NAME}")
 _MAX_ID_CHARACTERS = 96  # the hub's own limit
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+# what a merge carries over, see modalmerge/merge/carry.py; code is carried, never run
+_SMALL_FILES = [
+    *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.py"),
+    *("LICENSE*", "LICENCE*", "NOTICE*"),
+]
 
 
 def is_hub_id(source: str) -> bool:

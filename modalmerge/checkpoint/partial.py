@@ -83,7 +83,8 @@ class PartialFolder:
 
     def discard(self) -> None:
         """Remove what was written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
         self.journal.unlink(missing_ok=True)
 
     def _open(self) -> None:
@@ -99,7 +100,7 @@ class PartialFolder:
                     f"the interrupted merge in {self.folder} was of other inputs or settings; remove that folder and "
                     f"{self.journal}, or give the same command as then"
                 )
-            if head.get("boot") == _boot():
+            if _boot() and head.get("boot") == _boot():
                 self.finished = {entry.pop("name"): entry for entry in entries}
                 return
         # nothing to go on with, or the machine went down: then the journal may know of more than the disk has
@@ -123,8 +124,11 @@ class PartialFolder:
 @contextlib.contextmanager
 def keep_on_disk_errors(partial: PartialFolder) -> Iterator[None]:
     """Turn a disk's error into one that says how to go on."""
-    with name_disk(partial.target, kept=True):
+    try:
         yield
+    except OSError:
+        with name_disk(partial.target, kept=bool(partial.finished)):
+            raise
 
 
 def forget(target: Path) -> None:

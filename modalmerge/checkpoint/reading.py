@@ -210,6 +210,8 @@ def open_checkpoint(source: Path | str) -> Checkpoint:
         ValueError: the source does not exist, is no checkpoint, is cut short, has a broken header or index, or code
             would have to run to build its tensors; the message names the file and the tensor.
     """
+    if not str(source):
+        raise ValueError("no checkpoint is named; give a file, a folder or a hub id")
     path = Path(source)
     if not os.path.lexists(path):
         if not hub.is_hub_id(str(source)):

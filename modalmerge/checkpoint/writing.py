@@ -1,9 +1,8 @@
 """Write folders of weights that are either whole or absent."""
 
 import contextlib
-import hashlib
+import errno
 import json
-import math
 import os
 import secrets
 import shutil
@@ -17,19 +16,6 @@ from torch import Tensor
 
 from modalmerge.checkpoint.header import TensorInfo, build_header
 from modalmerge.checkpoint.reading import INDEX, WEIGHTS
-
-
-def sha256_file(path: Path) -> str:
-    """Hash a file's bytes.
-
-    Args:
-        path: the file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -179,15 +165,23 @@ class ShardWriter:
         weight_map: dict[str, str] = {}
         shards = split_shards(infos, shard_bytes)
         built = {file: build_header({name: infos[name] for name in names}, metadata) for file, names in shards.items()}
-        for file, (header, places) in built.items():
-            descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o666)
-            self._descriptors.append(descriptor)
-            end = len(header) + max((end for _, end in places.values()), default=0)
-            os.ftruncate(descriptor, end)
-            _write_all(descriptor, memoryview(header), 0)
-            for name, (begin, end) in places.items():
-                self._places[name] = (descriptor, len(header) + begin, len(header) + end)
-                weight_map[name] = file
+        try:
+            for file, (header, places) in built.items():
+                descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o666)
+                self._descriptors.append(descriptor)
+                end = len(header) + max((end for _, end in places.values()), default=0)
+                os.ftruncate(descriptor, end)
+                _write_all(descriptor, memoryview(header), 0)
+                for name, (begin, end) in places.items():
+                    self._places[name] = (descriptor, len(header) + begin, len(header) + end)
+                    weight_map[name] = file
+        except OSError as error:
+            self.close()
+            if error.errno == errno.EMFILE:
+                raise ValueError(
+                    f"{len(shards)} files of weights are more than this process may open; choose a larger --shard-size"
+                ) from None
+            raise
         if len(shards) > 1:
             total = sum(end - begin for _, begin, end in self._places.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -232,7 +226,7 @@ def split_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str,
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(infos):
-        size = math.prod(infos[name].shape) * infos[name].dtype.itemsize
+        size = infos[name].num_bytes
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0

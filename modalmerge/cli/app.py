@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ def options(
 
 def command_line() -> str:
     words = ["modalmerge", *sys.argv[1:]]  # also where it was started as `python -m modalmerge.cli`
-    return " ".join(f"'{word}'" if any(c in word for c in " []*?'\"") else word for word in words)
+    return shlex.join(words)
 
 
 def answer(as_json: bool, shown: dict[str, Any], text: str) -> None:

@@ -1,5 +1,6 @@
 """Commands for checkpoints that somebody brings: look at them, merge them, convert them."""
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -11,7 +12,7 @@ import typer
 from modalmerge.cli.app import AsJson, answer, app, command_line, quieten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from modalmerge.inspection import Inspection
     from modalmerge.merge.apply import MergeOutcome
@@ -91,26 +92,30 @@ def merge(
 
     content = {} if recipe is None else read_recipe(recipe)
     recipe_sources, recipe_base = content.pop("sources", {}), content.pop("base", "")
-    if bool(sources) == bool(recipe_sources):
-        raise ValueError("give the checkpoints to merge either in the command or under `sources` in the recipe")
-    named = recipe_sources if isinstance(recipe_sources, dict) and recipe_sources else None
+    chosen = sources or recipe_sources
+    if not chosen:
+        raise ValueError("no checkpoint is named; give its file or folder, or `sources` in a recipe")
+    if method and method != content.get("method", method):
+        print(f"note: the recipe's settings are for {content['method']}; they are left out", file=sys.stderr)
+        content = {key: value for key, value in content.items() if key not in ("settings", "overrides")}
     given = {"method": method, "layout": layout, "dtype": dtype, "shard_size": shard_size, "config_from": config_from}
     content |= {key: value for key, value in given.items() if value}
     content |= {key: True for key, value in (("tied", tied), ("allow_nonfinite", allow_nonfinite)) if value}
     content |= {"only": only.split(",")} if only else {}
     content |= {"layers": layers} if layers else {}
     _add_settings(content, changes or [])
-    outcome = merge_checkpoint(
-        named or name_sources(sources or recipe_sources),
-        output,
-        recipe=from_dict(content),
-        base=base or recipe_base or None,
-        resume=resume,
-        verify=verify,
-        device=device,
-        num_threads=threads,
-        report=_reporter(output.name),
-    )
+    with _reporter(output.name) as report:
+        outcome = merge_checkpoint(
+            chosen if isinstance(chosen, dict) else name_sources(chosen),
+            output,
+            recipe=from_dict(content),
+            base=base or recipe_base or None,
+            resume=resume,
+            verify=verify,
+            device=device,
+            num_threads=threads,
+            report=report,
+        )
     _answer_merge(outcome, as_json, verify)
 
 
@@ -199,7 +204,8 @@ def _answer_merge(outcome: "MergeOutcome", as_json: bool, verify: bool) -> None:
     answer(as_json, shown, "\n".join(lines))
 
 
-def _reporter(name: str) -> "Callable[[int, int], None]":
+@contextlib.contextmanager
+def _reporter(name: str) -> "Iterator[Callable[[int, int], None]]":
     """Show progress: a bar on a terminal, a line now and then elsewhere."""
     if not sys.stderr.isatty():
         last = time.monotonic()
@@ -210,36 +216,30 @@ def _reporter(name: str) -> "Callable[[int, int], None]":
                 last = time.monotonic()
                 print(f"{name}: {done / 1e9:.1f} of {total / 1e9:.1f} GB written", file=sys.stderr, flush=True)
 
-        return line
+        yield line
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = progress.add_task(name)
-
-    def bar(done: int, total: int) -> None:
-        if not progress.live.is_started:
-            progress.start()
-        progress.update(task, completed=done, total=total)
-        if done >= total:
-            progress.stop()
-
-    return bar
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _print_inspection(found: "Inspection") -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     parameters: dict[str, Any] = found.parameters
-    console.print(f"[bold]{found.layout}[/]: {found.summary}")
+    console.print(f"[bold]{escape(found.layout)}[/]: {escape(found.summary)}")
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
     console.print(f"{_count(parameters['total'])} parameters, {found.num_bytes / 1e9:.2f} GB, tensors: {dtypes}")
     if found.nothing:
-        console.print(f"nothing to merge: {found.nothing}")
-    elif not found.experts:
+        console.print(f"nothing to merge: {escape(found.nothing)}")
+    elif not found.experts and not found.problems:
         console.print("no experts are left in it: it is merged already")
     if found.experts:
         table = Table("layers", *found.experts, title="parameters of each expert", title_justify="left")
@@ -259,7 +259,9 @@ def _print_inspection(found: "Inspection") -> None:
             table = Table(title, "tensors", "parameters", "such as")
             table.columns[1].justify = table.columns[2].justify = "right"
             for why, row in reasons.items():
-                table.add_row(why, str(row["tensors"]), _count(int(row["parameters"])), str(row["example"]))
+                table.add_row(
+                    escape(why), str(row["tensors"]), _count(int(row["parameters"])), escape(str(row["example"]))
+                )
             console.print(table)
     facts = {
         "the merged checkpoint is": found.target,
@@ -269,11 +271,11 @@ def _print_inspection(found: "Inspection") -> None:
     }
     for what, fact in facts.items():
         if fact and found.experts:
-            console.print(f"{what}: {fact}")
+            console.print(f"{what}: {escape(fact)}")
     for note in found.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {escape(note)}")
     for problem in found.problems:
-        console.print(f"[bold]problem:[/] {problem}")
+        console.print(f"[bold]problem:[/] {escape(problem)}")
 
 
 def _alike(layer_table: dict[str, dict[str, int]]) -> list[tuple[str, dict[str, int]]]:

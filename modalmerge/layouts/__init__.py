@@ -32,6 +32,7 @@ whole names, so they tell a component from a part of one: `attn.v_bias` is nothi
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -376,6 +377,25 @@ def detect(names: Iterable[str]) -> Layout:
     )
 
 
+def recorded_layout(metadata: Mapping[str, str]) -> str:
+    """Find the layout that a merge or a conversion wrote into the header of its result.
+
+    Args:
+        metadata: text by name of the header; it may be of any origin.
+
+    Returns:
+        The name of the layout; "" where the file is none of ours, or says nothing.
+    """
+    if "modalmerge" not in metadata:  # others may have keys of these names too
+        return ""
+    try:
+        recipe = json.loads(metadata.get("recipe", "{}"))
+    except (ValueError, RecursionError):
+        return ""
+    layout = metadata.get("layout") or (recipe.get("layout") if isinstance(recipe, dict) else "")
+    return layout if isinstance(layout, str) else ""
+
+
 def _share_known(layout: Layout, names: list[str]) -> float:
     patterns = [*(rule.pattern for rule in layout.rules), *layout.requires]
     patterns += [pattern for reasons in (layout.kept, layout.left_out) for some in reasons.values() for pattern in some]
@@ -389,7 +409,7 @@ def _fits(name: str, patterns: Iterable[re.Pattern[str]]) -> bool:
 def _fill(form: str, groups: set[str], what: str) -> str:
     try:
         return form.format(**{group: f"<{group}>" for group in groups})
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{what} {form!r} may use {', '.join(sorted(groups))} only, in braces") from error
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modalmerge import __version__
 from modalmerge.checkpoint import (
+    INDEX,
     Checkpoint,
     PartialFolder,
     ShardWriter,
@@ -31,6 +32,7 @@ from modalmerge.checkpoint import (
 from modalmerge.layouts import Layout, detect, load_layout
 from modalmerge.merge.card import model_card
 from modalmerge.merge.carry import CARD, RECORD, carried_files, edit_config
+from modalmerge.merge.methods.elementwise import narrow
 from modalmerge.merge.plan import Output, Plan, Source, plan_experts, plan_models
 from modalmerge.merge.recipe import Recipe, to_dict
 from modalmerge.merge.stream import PIECE, Done, Report, compute, content_hash, run
@@ -143,6 +145,7 @@ def merge_checkpoint(
             has too little room. The message names the tensor and the file.
     """
     began = time.monotonic()
+    _check_device(device)
     named = sources if isinstance(sources, Mapping) else {_name_of(sources): sources}
     _check_names(named)
     opened = {name: open_checkpoint(source) for name, source in named.items()}
@@ -155,10 +158,11 @@ def merge_checkpoint(
     headers = {name: dict(checkpoint.header_hashes) for name, checkpoint in opened.items()}
     base_headers = dict(seed.header_hashes) if seed is not None and plan.uses_base else None
     files_read = [path for checkpoint in inputs for path in checkpoint.files]
-    if resume and _is_same_merge(output, resolved, headers, base_headers, files_read):
+    if resume and _is_same_merge(output, plan, resolved, headers, base_headers, files_read):
         forget(output)
         record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
-        return _outcome(record, output, began, bytes_read=0, bytes_written=0, num_verified=0)
+        num_verified = _verify(output, plan, inputs, _numbers(record)) if verify else 0
+        return _outcome(record, output, began, bytes_read=0, bytes_written=0, num_verified=num_verified)
     metadata = {
         "format": "pt",
         "modalmerge": __version__,
@@ -205,15 +209,23 @@ def merge_checkpoint(
             )
             small = {**files, RECORD: (to_json(record, indent=2) + "\n").encode()}
             small[CARD] = model_card(record, layout).encode()
-            for name in small:
-                (partial.folder / name).unlink(missing_ok=True)  # left there by a kill
+            for path in partial.folder.iterdir():  # left there by a kill
+                if path.name != INDEX and path.suffix != ".safetensors":
+                    path.unlink()
             write_files(partial.folder, small)
-        num_verified = _verify(partial.folder, plan, inputs) if verify else 0
+        num_verified = _verify(partial.folder, plan, inputs, _numbers(record)) if verify else 0
     for checkpoint in inputs:
         checkpoint.close()
     read = sum(done.bytes_read for done in finished.values())
     written = plan.num_bytes - before
     return _outcome(record, output, began, bytes_read=read, bytes_written=written, num_verified=num_verified)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}; cpu always can") from error
 
 
 def name_sources(words: Sequence[str]) -> dict[str, str]:
@@ -275,6 +287,7 @@ def _fingerprint(metadata: Mapping[str, str], plan: Plan, inputs: Sequence[Check
 
 def _is_same_merge(
     output: Path,
+    plan: Plan,
     resolved: Mapping[str, Any],
     headers: Mapping[str, Mapping[str, str]],
     base_headers: Mapping[str, str] | None,
@@ -288,8 +301,13 @@ def _is_same_merge(
     except ValueError:
         return False  # no record of this version: a folder in the way, which is refused as such
     written = (output / RECORD).stat().st_mtime_ns
-    if any(file.stat().st_mtime_ns > written for file in files):  # other values may have an equal header
+    stats = [file.stat() for file in files]
+    # other values may have an equal header; a file that was moved here is as old as it ever was
+    if any(max(x.st_mtime_ns, x.st_ctime_ns) > written for x in stats):
         return False
+    with open_checkpoint(output) as merged:
+        if dict(merged.infos) != plan.infos:
+            return False
     found = [(x["name"], x["headers"]) for x in record.inputs], record.base and record.base["headers"]
     return record.recipe == resolved and found == (list(headers.items()), base_headers)
 
@@ -397,8 +415,18 @@ def _done_from(entry: Mapping[str, Any]) -> Done:
     )
 
 
-def _verify(folder: Path, plan: Plan, inputs: Sequence[Checkpoint]) -> int:
+def _numbers(record: MergeRecord) -> dict[str, Any]:
+    return {group["name"]: group["numbers"] for group in record.groups if "numbers" in group}
+
+
+def _verify(folder: Path, plan: Plan, inputs: Sequence[Checkpoint], numbers: Mapping[str, Mapping[str, Any]]) -> int:
     """Read a sample of the result back and compare it with what the method gives for the same elements.
+
+    Args:
+        folder: the result.
+        plan: of the merge.
+        inputs: as for `run`.
+        numbers: name of an output to what was measured of it.
 
     Returns:
         How many tensors were compared.
@@ -412,14 +440,13 @@ def _verify(folder: Path, plan: Plan, inputs: Sequence[Checkpoint]) -> int:
         step = max(1, len(plan.outputs) // _VERIFIED_OUTPUTS)
         chosen = plan.outputs[::step]
         for output in chosen:
-            for begin, end in _looked_at(output, whole=plan.method in SURVEYS or plan.method not in PIECEWISE):
-                wanted = _recompute(plan, output, inputs, begin, end)
+            for begin, end in _looked_at(output, whole=plan.method not in PIECEWISE):
+                wanted = _recompute(plan, output, inputs, begin, end, numbers.get(output.name, {}))
                 for name in output.written_as:
-                    found = _elements(written, name, begin, end)
-                    if not torch.equal(_bits(found), _bits(wanted)):
+                    if not _are_same(_elements(written, name, begin, end), wanted):
                         raise ValueError(
                             f"verification failed: {name} differs from a second computation between elements {begin} "
-                            f"and {end}; is the disk or memory at fault? Nothing was kept"
+                            f"and {end}; is the disk or memory at fault?"
                         )
         return len(chosen)
 
@@ -433,7 +460,9 @@ def _looked_at(output: Output, *, whole: bool) -> list[tuple[int, int]]:
     return [(0, PIECE), (middle, middle + PIECE), (num - PIECE, num)]
 
 
-def _recompute(plan: Plan, output: Output, inputs: Sequence[Checkpoint], begin: int, end: int) -> Tensor:
+def _recompute(
+    plan: Plan, output: Output, inputs: Sequence[Checkpoint], begin: int, end: int, numbers: Mapping[str, Any]
+) -> Tensor:
     # a method that needs all of a parameter may need its shape, too
     shape = output.info.shape if end - begin == output.num_elements else (end - begin,)
 
@@ -441,9 +470,25 @@ def _recompute(plan: Plan, output: Output, inputs: Sequence[Checkpoint], begin: 
         return _elements(inputs[source.checkpoint], source.name, begin, end).reshape(shape)
 
     if output.is_copy:
-        return read(output.sources[0]).to(output.info.dtype).reshape(-1)
+        values = read(output.sources[0]).reshape(-1)
+        return values if values.dtype == output.info.dtype else narrow(values.double(), output.info.dtype)
+    survey = None
+    if numbers:
+        survey = SURVEYS[plan.method](output.num_elements, output.settings)
+        survey.recall(numbers)
     part = dataclasses.replace(output, info=TensorInfo(output.info.dtype, shape))
-    return compute(plan, part, read).reshape(-1)
+    return compute(plan, part, read, survey=survey).reshape(-1)
+
+
+def _are_same(found: Tensor, wanted: Tensor) -> bool:
+    """Tell whether two tensors have the same bits; any NaN is as good as another."""
+    if not found.numel() or torch.equal(found.view(torch.uint8), wanted.contiguous().view(torch.uint8)):
+        return True
+    return (
+        found.is_floating_point()
+        and torch.equal(found.isnan(), wanted.isnan())
+        and torch.equal(found[~found.isnan()].view(torch.uint8), wanted[~wanted.isnan()].view(torch.uint8))
+    )
 
 
 def _elements(checkpoint: Checkpoint, name: str, begin: int, end: int) -> Tensor:
@@ -451,10 +496,6 @@ def _elements(checkpoint: Checkpoint, name: str, begin: int, end: int) -> Tensor
     if values.numel():
         checkpoint.read_into(name, begin * values.element_size(), values.view(torch.uint8).numpy().data)
     return values
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.uint8) if values.numel() else values  # whose strides may be anything
 
 
 def _outcome(

@@ -195,6 +195,11 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
     warnings = resolver.warnings(base)
     if alone and len(experts) > 1:
         warnings.append(f"{len(alone)} tensors are the only expert of their parameter, such as {alone[0]}")
+    if remaining and not recipe.tied and layout.name != "modalmerge":
+        warnings.append(
+            f"{len(remaining)} experts' tensors stay beside the merged ones, which no code that is known here loads; "
+            "--tied writes the merged weights to every expert's place instead"
+        )
     undeclared = tuple(sorted(name for name, place in places.items() if place.expert is None and not place.why))
     if undeclared:
         warnings.append(
@@ -212,7 +217,7 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
         remaining=tuple(sorted(remaining)),
         warnings=tuple(warnings),
     )
-    _check_all_accounted(plan, [infos])
+    _check_all_accounted(plan, [infos], [""])
     return plan
 
 
@@ -240,6 +245,7 @@ def plan_models(inputs: Mapping[str, Infos], recipe: Recipe, *, base: Infos | No
         _check_same_names(first[0], first[1], name, infos)
     resolver = _Resolver(recipe, names)
     outputs = []
+    left_out: dict[str, str] = {}
     for tensor, info in sorted(first[1].items()):
         found = {f"{tensor} of {name}": infos[tensor] for name, infos in inputs.items()}
         match = _LAYER.search(tensor)
@@ -255,9 +261,13 @@ def plan_models(inputs: Mapping[str, Infos], recipe: Recipe, *, base: Infos | No
             _check_base(tensor, common, base, None)
             copied = _copy(tensor, base, recipe)
             outputs.append(dataclasses.replace(copied, sources=(Source(len(names), tensor),)))
+            left_out |= {
+                f"{name}: {tensor}": "outside of the layers to merge, where the base's stays" for name in names
+            }
             continue
         settings = resolver.settings(place)
         used = _used_experts(names, settings["use_experts"])
+        left_out |= {f"{name}: {tensor}": f"use_experts is {', '.join(used)}" for name in names if name not in used}
         outputs.append(
             Output(
                 name=tensor,
@@ -273,18 +283,20 @@ def plan_models(inputs: Mapping[str, Infos], recipe: Recipe, *, base: Infos | No
     if all(output.is_copy for output in outputs):
         raise ValueError(f"nothing is merged: no tensor of a float dtype fits {recipe.where}")
     resolver.check_overrides_held()
-    return Plan(
+    plan = Plan(
         method=recipe.method,
         settings=resolver.plain,
         layout="",
         experts=names,
         num_inputs=len(names),
         outputs=tuple(outputs),
-        left_out={},
+        left_out=left_out,
         undeclared=(),
         remaining=(),
         warnings=tuple(resolver.warnings(base, copied=bool(recipe.where.layers))),
     )
+    _check_all_accounted(plan, list(inputs.values()), names)
+    return plan
 
 
 def resolve_settings(method: str, settings: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:
@@ -511,10 +523,12 @@ def _check_base(merged: str, info: TensorInfo, base: Infos, layout: Layout | Non
         )
 
 
-def _check_all_accounted(plan: Plan, inputs: Sequence[Infos]) -> None:
-    used = [source for output in plan.outputs for source in output.sources if source.name != ZEROS]
-    used += [Source(0, name) for name in plan.left_out]
+def _check_all_accounted(plan: Plan, inputs: Sequence[Infos], names: Sequence[str]) -> None:
+    used = [source for x in plan.outputs for source in (*x.sources, *x.equal) if source.name != ZEROS]
+    used = [source for source in used if source.checkpoint < plan.num_inputs]  # the base need not be used up
+    prefixes = [f"{name}: " if name else "" for name in names]
     wanted = [Source(number, name) for number, infos in enumerate(inputs) for name in infos]
+    used += [source for source in wanted if prefixes[source.checkpoint] + source.name in plan.left_out]
     assert sorted(used) == sorted(wanted), "every input tensor is merged, copied or left out, once"
     written = [name for output in plan.outputs for name in output.written_as]
     assert len(set(written)) == len(written), "no two tensors are written under one name"

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from modalmerge.checkpoint.hub import is_hub_id
 from modalmerge.layouts import COMPONENTS, PARTS
 from modalmerge.registry import unknown
 
@@ -174,11 +175,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ValueError: the file cannot be read, or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # YAML takes 1e-05 for text, and JSON writes small numbers so
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"{path}: no recipe could be read there ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
     if isinstance(content, dict) and "schema" in content and isinstance(content.get("recipe"), dict):
         content = content["recipe"]
     if not isinstance(content, dict):
@@ -189,6 +192,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         content["sources"] = _source_paths(content["sources"], path)
     if "base" in content:
         content["base"] = _beside(path, content["base"])
+    layout = content.get("layout")
+    if isinstance(layout, str) and (path.parent / layout).is_file():
+        content["layout"] = str(path.parent / layout)
     return content
 
 
@@ -267,4 +273,8 @@ def _beside(recipe: Path, path: Any) -> str:
     if not isinstance(path, str) or not path:
         raise ValueError(f"{recipe}: {path!r} is no path")
     there = recipe.parent / path
-    return str(there) if there.exists() else path  # else it may be the id of a hub
+    if there.exists():
+        return str(there)
+    if is_hub_id(path):
+        return path
+    raise ValueError(f"{recipe}: {path!r} is neither beside the recipe nor the id of a hub")

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -22,18 +21,11 @@ from torch import Tensor
 from modalmerge.checkpoint import Checkpoint, ShardWriter, TensorInfo
 from modalmerge.layouts import ZEROS
 from modalmerge.merge.methods import METHODS, takes
-from modalmerge.merge.methods.elementwise import narrow
-from modalmerge.merge.plan import Output, Plan, Source
+from modalmerge.merge.methods.elementwise import holds_nonfinite, narrow
+from modalmerge.merge.plan import MERGEABLE, Output, Plan, Source, show
 from modalmerge.merge.surveys import PIECEWISE, SAMPLE, SURVEYS, Piece, Survey
 
 PIECE = 2**18  # elements; in float64 2 MiB, of which a few fit a cache, and long enough that Python costs little
-_EXPONENT = {  # bits of infinity, by dtype; with the sign bit, those of minus infinity
-    torch.float16: (np.int16, np.uint16, 0x7C00, 0xFC00),
-    torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
-    torch.float32: (np.int32, np.uint32, 0x7F800000, 0xFF800000),
-    torch.float64: (np.int64, np.uint64, 0x7FF0000000000000, 0xFFF0000000000000),
-}
-
 Report = Callable[[int, int], None]
 
 
@@ -115,15 +107,25 @@ def run(
         torch.set_num_threads(threads_before)
     if state.error is not None:
         raise state.error
+    if report is not None:
+        report(state.total, state.total)
 
 
-def compute(plan: Plan, output: Output, read: Callable[[Source], Tensor], *, device: str = "cpu") -> Tensor:
+def compute(
+    plan: Plan,
+    output: Output,
+    read: Callable[[Source], Tensor],
+    *,
+    survey: Survey | None = None,
+    device: str = "cpu",
+) -> Tensor:
     """Merge one whole parameter in memory.
 
     Args:
         plan: what the output belongs to.
         output: which one; no copy.
         read: returns the values of a source; not asked for zeros.
+        survey: what was measured of the parameter; None to have the method measure for itself.
         device: where the method computes.
 
     Returns:
@@ -134,7 +136,7 @@ def compute(plan: Plan, output: Output, read: Callable[[Source], Tensor], *, dev
     zeros = torch.zeros(shape, dtype=next((x.dtype for x in tensors if x is not None), dtype))
     stacked = _stack([zeros if x is None else x for x in tensors])
     base = None if output.base is None else read(output.base)
-    return _apply(plan, output, (stacked.to(device), None if base is None else base.to(device)), None).cpu()
+    return _apply(plan, output, (stacked.to(device), None if base is None else base.to(device)), survey).cpu()
 
 
 def tensor_digest(pieces: Sequence[bytes]) -> str:
@@ -320,18 +322,14 @@ def _take(job: _Job, number: int, source: Source, view: memoryview, *, hashed: b
     if not hashed:
         return
     job.digests[source][number] = xxhash.xxh3_128_digest(view)
-    if dtype in _EXPONENT and len(view) and _holds_nonfinite(view, dtype):
-        values = torch.frombuffer(view, dtype=dtype)
+    if dtype not in MERGEABLE or not len(view):
+        return
+    values = torch.frombuffer(view, dtype=dtype)
+    if holds_nonfinite(values):
         with job.state.lock:
             job.nonfinite[source] += values.numel() - int(torch.count_nonzero(torch.isfinite(values)))
         if not job.state.allow_nonfinite:
             raise _nonfinite_error(job, source)
-
-
-def _holds_nonfinite(view: memoryview, dtype: torch.dtype) -> bool:
-    """Tell whether a piece holds NaN or an infinity: some 20 times faster than torch.isfinite."""
-    signed, unsigned, infinity, minus_infinity = _EXPONENT[dtype]
-    return bool(np.frombuffer(view, signed).max() >= infinity or np.frombuffer(view, unsigned).max() >= minus_infinity)
 
 
 def _nonfinite_error(job: _Job, source: Source) -> ValueError:
@@ -394,7 +392,7 @@ def _merge_piece(job: _Job, number: int, buffers: _Buffers) -> None:
                 return
     piece = _read_piece(job, number, buffers, hashed=True)
     merged = _apply(job.state.plan, job.output, piece, job.survey)
-    _write(job, number, _in_range(job, _bytes_of(merged.contiguous())))
+    _write(job, number, _in_range(job, merged))
 
 
 def _merge_whole(job: _Job, buffers: _Buffers) -> None:
@@ -416,7 +414,7 @@ def _merge_whole(job: _Job, buffers: _Buffers) -> None:
     merged = compute(state.plan, output, read, device=state.device).contiguous().reshape(-1)
     for number in range(job.num_pieces):
         begin, end = job.range(number)
-        _write(job, number, _in_range(job, _bytes_of(merged[begin:end])))
+        _write(job, number, _in_range(job, merged[begin:end]))
 
 
 def _copy_piece(job: _Job, number: int, buffers: _Buffers) -> None:
@@ -437,20 +435,18 @@ def _copy_piece(job: _Job, number: int, buffers: _Buffers) -> None:
     if dtype == output.info.dtype:
         _write(job, number, views[0])
     else:
-        _write(job, number, _in_range(job, _bytes_of(narrow(rows[0].double(), output.info.dtype))))
+        _write(job, number, _in_range(job, narrow(rows[0].double(), output.info.dtype)))
 
 
-def _in_range(job: _Job, view: memoryview) -> memoryview:
-    """Refuse a result that float16 has no numbers for, where the inputs are of another dtype."""
-    output = job.output
-    narrowed = output.info.dtype == torch.float16 and any(
-        _info(job, source).dtype != torch.float16 for source in output.sources if source.name != ZEROS
-    )
-    if narrowed and len(view) and not job.state.allow_nonfinite and _holds_nonfinite(view, torch.float16):
+def _in_range(job: _Job, values: Tensor) -> memoryview:
+    """Give the bytes of a result; refuse one that its dtype has no numbers for, since its inputs are finite."""
+    values = values.contiguous()
+    if not job.state.allow_nonfinite and holds_nonfinite(values):
         raise ValueError(
-            f"{output.name}: some elements are too large for float16, which ends at 65,504; choose --dtype bfloat16"
+            f"{job.output.name}: some elements of the result are too large for {show(job.output.info).split()[-1]}, "
+            "though the inputs are finite; choose a --dtype of wider range, or give --allow-nonfinite"
         )
-    return view
+    return _bytes_of(values)
 
 
 def _widen(output: Output, piece: Piece) -> Piece:

@@ -44,6 +44,9 @@ class Survey(Protocol):
     def numbers(self) -> dict[str, Any]:
         """Give what was measured, for the record."""
 
+    def recall(self, numbers: Mapping[str, Any]) -> None:
+        """Take what was measured from a record, instead of measuring it."""
+
 
 class ArcSurvey:
     """Measures the angle between two experts for `slerp`."""
@@ -77,6 +80,10 @@ class ArcSurvey:
     def numbers(self) -> dict[str, Any]:
         """Give the weights."""
         return {"weights": list(self._weights)}
+
+    def recall(self, numbers: Mapping[str, Any]) -> None:
+        """Take the weights from a record."""
+        self._weights = tuple(numbers["weights"])
 
 
 class _Found(NamedTuple):
@@ -169,6 +176,10 @@ class ThresholdSurvey:
     def numbers(self) -> dict[str, Any]:
         """Give the thresholds; those that are not finite as text, which JSON has no number for."""
         return {"thresholds": [x if math.isfinite(x) else str(x) for x in self._thresholds]}
+
+    def recall(self, numbers: Mapping[str, Any]) -> None:
+        """Take the thresholds from a record."""
+        self._thresholds = [float(x) for x in numbers["thresholds"]]
 
     def _clear(self) -> None:
         self._found = [{} for _ in self._bounds]

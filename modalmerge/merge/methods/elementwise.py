@@ -4,8 +4,8 @@ What they do to an element depends on the element alone, or on a few numbers abo
 threshold). So a parameter can be merged in pieces: each method that needs such numbers is written as a function
 that measures them and one that is given them, `slerp` and `ties` from both.
 
-Parameters of 16 bits are merged in float64, and the result rounded once; float32 would leave some 1 in 100,000
-elements one unit off.
+Sums of 16-bit parameters are taken in float64, and the result rounded once; float32 would leave some 1 in 100,000
+elements one unit off. `ties`, whose sums are short, takes them in float32.
 """
 
 import math
@@ -17,6 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+_INFINITIES = {  # dtype: its bits as integers with and without a sign, those of infinity, those of minus infinity
+    torch.float16: (np.int16, np.uint16, 0x7C00, 0xFC00),
+    torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
+    torch.float32: (np.int32, np.uint32, 0x7F800000, 0xFF800000),
+    torch.float64: (np.int64, np.uint64, 0x7FF0000000000000, 0xFFF0000000000000),
+}
 SAME_DIRECTION = 0.9995  # cosine from which on the arc is taken for its chord
 
 
@@ -312,14 +318,29 @@ def weighted_sum(tensors: Sequence[Tensor] | Tensor, weights: Sequence[float]) -
     (first, first_weight), *others = terms
     if first.dtype == torch.bfloat16 and [first_weight, *(weight for _, weight in others)] == [0.5, 0.5]:
         # The plain average of two, the commonest case, at a fifth of the cost. In float32 it is exact, or so close to
-        # one of the two halves that its last bits do not matter to bfloat16.
-        return torch.lerp(first, others[0][0], 0.5)
+        # one of the two halves that its last bits do not matter to bfloat16. It takes a difference, which may overflow.
+        average = torch.lerp(first, others[0][0], 0.5)
+        if not holds_nonfinite(average):
+            return average
     wide = _wider(first.dtype)
     total = first.to(wide, copy=True).mul_(first_weight)
     for tensor, weight in others:
         # two steps: a fused multiply-add leaves a rest where equal and opposite terms cancel
         total.add_(tensor.to(wide, copy=True).mul_(weight))
     return narrow(total, first.dtype)
+
+
+def holds_nonfinite(values: Tensor) -> bool:
+    """Tell whether a float tensor holds NaN or an infinity: some 20 times faster than torch.isfinite.
+
+    Args:
+        values: of one of the dtypes float16, bfloat16, float32 and float64; in C order.
+    """
+    if values.device.type != "cpu" or not values.numel():
+        return not bool(torch.isfinite(values).all())
+    signed, unsigned, infinity, minus_infinity = _INFINITIES[values.dtype]
+    bits = values.reshape(-1).view(torch.uint8).numpy()
+    return bool(bits.view(signed).max() >= infinity or bits.view(unsigned).max() >= minus_infinity)
 
 
 def narrow(values: Float[Tensor, " *dims"], dtype: torch.dtype) -> Float[Tensor, " *dims"]:

@@ -20,7 +20,7 @@ from modalmerge.checkpoint import (
     write_files,
     write_safetensors,
 )
-from modalmerge.layouts import detect
+from modalmerge.layouts import detect, recorded_layout
 from modalmerge.model.exchange import beit, language, multiway
 from modalmerge.model.exchange.pieces import Result, Source, infos_of
 from modalmerge.registry import unknown
@@ -172,11 +172,9 @@ def _convert(source: Source, to: str) -> tuple[Result, dict[str, TensorInfo], Co
 
 def _layout_of(checkpoint: Checkpoint) -> str:
     """Find the layout in what a merge or a conversion wrote into the header, else by the names."""
-    metadata = checkpoint.metadata
-    if "modalmerge" in metadata:  # others may have keys of these names too
-        layout = metadata.get("layout") or json.loads(metadata.get("recipe", "{}")).get("layout")
-        if layout:
-            return str(layout)
+    recorded = recorded_layout(checkpoint.metadata)
+    if recorded:
+        return recorded
     try:
         return detect(checkpoint.names).name
     except ValueError as error:

@@ -200,7 +200,8 @@ def to_vlmo(name: str) -> str:
 
 def _read(native: Mapping[str, str], source: Source, *, early_attention: str) -> Model:
     """Read sizes off the shapes, and from config.json what they do not show."""
-    stored: dict[str, Any] = {key: source.config[key] for key in SETTINGS if key in source.config}
+    ours = source.config.get("model_type") == source.layout  # else it belongs to something else
+    stored: dict[str, Any] = {key: source.config[key] for key in SETTINGS if ours and key in source.config}
     with torch.device("meta"):
         tensors = {name: torch.empty(source.infos[its].shape) for name, its in native.items()}
     shown = {key: stored[key] for key in ("fusion_start", "text_position_range") if key in stored}
