@@ -82,11 +82,15 @@ def run(
         (output for output in plan.outputs if output.name not in skip), key=lambda output: order[output.written_as[0]]
     )
     state = _State(
-        plan=plan, inputs=inputs, writer=writer, allow_nonfinite=allow_nonfinite, device=device, on_done=on_done
+        plan=plan,
+        inputs=inputs,
+        writer=writer,
+        allow_nonfinite=allow_nonfinite,
+        device=device,
+        on_done=on_done,
+        total=plan.num_bytes,
+        written=plan.num_bytes - sum(output.num_bytes for output in outputs),
     )
-    state.total = sum(output.num_bytes for output in plan.outputs)
-    state.written = state.total - sum(output.num_bytes for output in outputs)
-    state.report = report
     tasks = _tasks(outputs, state)
     threads_before = torch.get_num_threads()
     threads = [threading.Thread(target=_work, args=(tasks, state), daemon=True) for _ in range(num_threads)]
@@ -164,23 +168,22 @@ def content_hash(infos: Mapping[str, TensorInfo], digests: Mapping[str, str]) ->
     return hasher.hexdigest()
 
 
+@dataclasses.dataclass(kw_only=True)
 class _State:
     """What the threads share."""
 
-    def __init__(self, **fields: Any) -> None:
-        self.plan: Plan = fields["plan"]
-        self.inputs: Sequence[Checkpoint] = fields["inputs"]
-        self.writer: ShardWriter = fields["writer"]
-        self.allow_nonfinite: bool = fields["allow_nonfinite"]
-        self.device: str = fields["device"]
-        self.on_done: Callable[[Output, Done], None] = fields["on_done"]
-        self.report: Report | None = None
-        self.lock = threading.Lock()
-        self.queue = threading.Lock()  # of its own: listing the next task may read
-        self.stop = False
-        self.error: BaseException | None = None
-        self.total = 0
-        self.written = 0
+    plan: Plan
+    inputs: Sequence[Checkpoint]
+    writer: ShardWriter
+    allow_nonfinite: bool
+    device: str
+    on_done: Callable[[Output, Done], None]
+    total: int
+    written: int
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    queue: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # listing the next task may read
+    stop: bool = False
+    error: BaseException | None = None
 
 
 class _Job:
@@ -485,7 +488,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep what is freed, for the next piece.
+    """Have the C library keep what is freed, for the next piece; it does so for the rest of the process.
 
     Otherwise it gives every freed buffer of a megabyte back to the kernel, which clears its pages before it gives them
     out again: merging then took 4 times as long.
