@@ -1,8 +1,8 @@
 """`modalmerge merge`, `inspect` and `convert` as typed: recipes, resuming what is done, odd files, odd names."""
 
+import errno
 import json
 import os
-import resource
 import shlex
 
 import pytest
@@ -85,15 +85,24 @@ def test_a_result_that_lost_its_weights_is_not_done(tmp_path, experts, command):
     assert code == 1 and "not a checkpoint; wanted model.safetensors" in err
 
 
-def test_more_files_than_may_be_open_are_refused(tmp_path, experts, command):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, before[1]))
-    try:
-        code, _, err = command(experts, "-o", tmp_path / "out", "--shard-size", "1B")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+def test_more_files_than_may_be_open_are_refused(tmp_path, experts, command, monkeypatch):
+    opened, before = [], os.open
+
+    def open_some(path, flags, *rest, **keywords):
+        if flags & os.O_CREAT and str(path).endswith(".safetensors"):
+            if len(opened) == 2:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+            opened.append(before(path, flags, *rest, **keywords))
+            return opened[-1]
+        return before(path, flags, *rest, **keywords)
+
+    monkeypatch.setattr(os, "open", open_some)
+    code, _, err = command(experts, "-o", tmp_path / "out", "--shard-size", "1B")
     assert code == 1 and "4 files of weights are more than this process may open; choose a larger --shard-size" in err
     assert [path.name for path in tmp_path.iterdir()] == ["experts"]
+    for descriptor in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path, call):

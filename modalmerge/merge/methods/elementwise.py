@@ -4,8 +4,9 @@ What they do to an element depends on the element alone, or on a few numbers abo
 threshold). So a parameter can be merged in pieces: each method that needs such numbers is written as a function
 that measures them and one that is given them, `slerp` and `ties` from both.
 
-Sums of 16-bit parameters are taken in float64, and the result rounded once; float32 would leave some 1 in 100,000
-elements one unit off. `ties`, whose sums are short, takes them in float32.
+Sums of 16-bit parameters are taken in float64, and the result rounded once; with float32, weights such as 0.3 and 0.7
+leave up to 1 % of the elements one unit off, since many of their sums lie next to the middle between two values.
+`ties`, whose sums are short, takes them in float32.
 """
 
 import math
