@@ -6,7 +6,7 @@ is to be merged. Parameters of one piece need none: the method measures for itse
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +26,7 @@ _MARGIN = 8  # standard deviations of a sample's quantile within which the whole
 Piece = tuple[Tensor, Tensor | None]  # experts stacked, base
 
 
+@runtime_checkable
 class Survey(Protocol):
     """What a survey offers. `sample` comes first, then `add` for every piece, then `settle`."""
 
