@@ -211,6 +211,7 @@ def test_wrong_keys_and_values_are_named(content, message):
         from_dict(content)
 
 
+@pytest.mark.messages
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
