@@ -1,6 +1,6 @@
 """Read checkpoints lazily, write folders of weights that are either whole or absent."""
 
-from modalmerge.checkpoint.header import DTYPE_NAMES, TensorInfo
+from modalmerge.checkpoint.header import DTYPE_NAMES, TensorInfo, tensor_infos
 from modalmerge.checkpoint.partial import PartialFolder, forget, keep_on_disk_errors
 from modalmerge.checkpoint.pickles import PICKLE_SUFFIXES
 from modalmerge.checkpoint.reading import INDEX, WEIGHTS, Checkpoint, open_checkpoint
@@ -27,6 +27,7 @@ __all__ = [
     "forget",
     "keep_on_disk_errors",
     "open_checkpoint",
+    "tensor_infos",
     "write_files",
     "write_folder",
     "write_safetensors",

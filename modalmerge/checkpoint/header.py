@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -135,6 +136,11 @@ def parse_header(start: bytes, file_bytes: int) -> Header:
             infos[name], offsets[name] = _parse_entry(entry)
     _check_offsets(infos, offsets, file_bytes - num_bytes)
     return Header(infos, offsets, metadata, num_bytes)
+
+
+def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Give the dtype and shape of every tensor in memory by its name."""
+    return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def build_header(

@@ -14,7 +14,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from modalmerge.checkpoint.header import TensorInfo, build_header
+from modalmerge.checkpoint.header import TensorInfo, build_header, tensor_infos
 from modalmerge.checkpoint.reading import INDEX, WEIGHTS
 
 
@@ -266,7 +266,7 @@ def write_folder(
         ValueError: `target` exists, a name is not plain, safetensors has no such dtype, or writing failed;
             the message then names `target` and the space that is free. Nothing is left behind.
     """
-    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    infos = tensor_infos(tensors)
     with atomic_folder(target) as folder:
         write_safetensors(folder / WEIGHTS, infos, read=tensors.__getitem__, metadata=metadata)
         write_files(folder, files)

@@ -27,6 +27,7 @@ from modalmerge.checkpoint import (
     forget,
     keep_on_disk_errors,
     open_checkpoint,
+    tensor_infos,
     write_files,
 )
 from modalmerge.layouts import Layout, detect, load_layout
@@ -91,7 +92,7 @@ def merge_tensors(
     """
     recipe = Recipe(method=method, settings=settings or {}, layout=layout.name)
     inputs = (tensors, base or {})
-    plan = plan_experts(_infos_of(tensors), layout, recipe, base=None if base is None else _infos_of(base))
+    plan = plan_experts(tensor_infos(tensors), layout, recipe, base=None if base is None else tensor_infos(base))
     merged = {}
     for output in plan.outputs:
         if output.is_copy:
@@ -158,9 +159,9 @@ def merge_checkpoint(
     headers = {name: dict(checkpoint.header_hashes) for name, checkpoint in opened.items()}
     base_headers = dict(seed.header_hashes) if seed is not None and plan.uses_base else None
     files_read = [path for checkpoint in inputs for path in checkpoint.files]
-    if resume and _is_same_merge(output, plan, resolved, headers, base_headers, files_read):
+    record = _record_if_done(output, plan, resolved, headers, base_headers, files_read) if resume else None
+    if record is not None:
         forget(output)
-        record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
         num_verified = _verify(output, plan, inputs, _numbers(record)) if verify else 0
         return _outcome(record, output, began, bytes_read=0, bytes_written=0, num_verified=num_verified)
     metadata = {
@@ -285,31 +286,31 @@ def _fingerprint(metadata: Mapping[str, str], plan: Plan, inputs: Sequence[Check
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_same_merge(
+def _record_if_done(
     output: Path,
     plan: Plan,
     resolved: Mapping[str, Any],
     headers: Mapping[str, Mapping[str, str]],
     base_headers: Mapping[str, str] | None,
     files: Sequence[Path],
-) -> bool:
-    """Tell whether `output` is this merge already, so that a second `--resume` finds it done."""
+) -> MergeRecord | None:
+    """Read the record of `output` if it is this merge already, so that a second `--resume` finds it done."""
     if not (output / RECORD).is_file():
-        return False
+        return None
     try:
         record = from_json((output / RECORD).read_text(encoding="utf-8"), MergeRecord)
     except ValueError:
-        return False  # no record of this version: a folder in the way, which is refused as such
+        return None  # no record of this version: a folder in the way, which is refused as such
     written = (output / RECORD).stat().st_mtime_ns
     stats = [file.stat() for file in files]
     # other values may have an equal header; a file that was moved here is as old as it ever was
     if any(max(x.st_mtime_ns, x.st_ctime_ns) > written for x in stats):
-        return False
+        return None
     with open_checkpoint(output) as merged:
         if dict(merged.infos) != plan.infos:
-            return False
+            return None
     found = [(x["name"], x["headers"]) for x in record.inputs], record.base and record.base["headers"]
-    return record.recipe == resolved and found == (list(headers.items()), base_headers)
+    return record if record.recipe == resolved and found == (list(headers.items()), base_headers) else None
 
 
 def _check_room(output: Path, num_bytes: int) -> None:
@@ -511,7 +512,3 @@ def _outcome(
         peak_rss_bytes=peak if sys.platform == "darwin" else peak * 1024,
         num_verified=num_verified,
     )
-
-
-def _infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

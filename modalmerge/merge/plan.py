@@ -156,10 +156,11 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
         if isinstance(group, str):
             outputs.append(_copy(group, infos, recipe))
             continue
-        place = next(places[name] for name in group.values() if name != ZEROS)
+        stored = tuple(name for name in group.values() if name != ZEROS)
+        place = places[stored[0]]
         if not recipe.where.holds(place.part, place.layer):
-            outputs += [_copy(name, infos, recipe) for name in group.values() if name != ZEROS]
-            remaining += [name for name in group.values() if name != ZEROS]
+            outputs += [_copy(name, infos, recipe) for name in stored]
+            remaining += stored
             continue
         settings = resolver.settings(place)
         used = _used_experts(tuple(group), settings["use_experts"])
@@ -167,13 +168,13 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
         natives = [group[expert] for expert in used]
         if len(group) == 1:
             alone += natives
-        written_as = tuple(name for name in group.values() if name != ZEROS) if recipe.tied else (merged,)
+        written_as = stored if recipe.tied else (merged,)
         if recipe.tied and len(written_as) < len(group):
             raise ValueError(
                 f"{merged}: only {written_as[0]!r} has a place for it, an expert lacks it; it cannot be tied, merge "
                 "without --tied"
             )
-        there = [native for native in natives if native != ZEROS] or [name for name in group.values() if name != ZEROS]
+        there = [native for native in natives if native != ZEROS] or stored
         info = _common_info(merged, {native: infos[native] for native in there}, recipe)
         outputs.append(
             Output(

@@ -17,6 +17,7 @@ from modalmerge.checkpoint import (
     TensorInfo,
     atomic_folder,
     open_checkpoint,
+    tensor_infos,
     write_files,
     write_safetensors,
 )
@@ -97,8 +98,7 @@ def convert_tensors(
     Raises:
         ValueError: as `convert_checkpoint`.
     """
-    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    source = Source(layout=layout, infos=infos, config=config or {})
+    source = Source(layout=layout, infos=tensor_infos(tensors), config=config or {})
     result, _, report = _convert(source, to)
     converted = {name: piece.make(*map(tensors.__getitem__, piece.inputs)) for name, piece in result.pieces.items()}
     return converted, dict(result.config), report
