@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from modalmerge.registry import nearest
 
 CELL_SCHEMA = 1
-MERGE_SCHEMA = 2
+MERGE_SCHEMA = 3
 
 DIRECTIONS = ("higher", "lower")
 ROLES = ("agnostic", "specific", "naive", "recipe", "other")
@@ -130,11 +130,16 @@ class MergeRecord:
         inputs: checkpoints read, each {"name", "headers": {file: sha256 of its header}, "content": hash of the
             tensors that were read, "num_tensors", "bytes"}; empty for a merge in memory.
         base: the base in the same form; None where there is none or it lies in memory.
+        statistics: what the method was given of data, {"model", "num_samples", "num_tokens", "content"}; None where
+            it takes none.
         num_merged: parameters written that came from several experts or through the method.
         num_copied: tensors carried over unchanged.
         left_out: input tensors that no output used, to the reason.
         undeclared: names of copied tensors of which the layout says nothing.
         remaining: names of experts' tensors that stay as they are, outside of what was to be merged.
+        kept: what a budget leaves per expert; empty without one. Else {"distance": its name, "of": "changes" of a base
+            or "weights", "fraction": what is kept of what merging would save, "groups": [{"layer", "component",
+            "distance", "num_saved": numbers that merging it saves, "is_kept"}], the worst first}.
         nonfinite: input tensors with NaN or infinite elements, to the number of those.
         config_changes: what was changed in the small files, {file: {key: [before, after]}}.
         groups: for every merged parameter {"name", "experts", "part", "layer", "elements", "settings"} and what the
@@ -150,11 +155,13 @@ class MergeRecord:
     experts: list[str]
     inputs: list[dict[str, Any]]
     base: dict[str, Any] | None
+    statistics: dict[str, Any] | None
     num_merged: int
     num_copied: int
     left_out: dict[str, str]
     undeclared: list[str]
     remaining: list[str]
+    kept: dict[str, Any]
     nonfinite: dict[str, int]
     config_changes: dict[str, Any]
     groups: list[dict[str, Any]]

@@ -20,8 +20,23 @@ def read(folder):
         return {name: checkpoint.tensor(name) for name in checkpoint.names}
 
 
-def exact(method, experts, base, *, weights=None, fraction=0.5, scale=1.0, density=0.2):
-    """What a method gives for one parameter, in float64 and numpy alone."""
+def exact(
+    method,
+    experts,
+    base,
+    *,
+    weights=None,
+    fraction=0.5,
+    scale=1.0,
+    density=0.2,
+    drop_smallest=0.85,
+    drop_largest=0.007,
+    masks=None,
+):
+    """What a method gives for one parameter, in float64 and numpy alone.
+
+    `masks` are what was drawn for each expert: what its change is multiplied by, element by element.
+    """
     experts = [expert.double().numpy() for expert in experts]
     base = None if base is None else base.double().numpy()
     if method == "interpolation":
@@ -38,13 +53,31 @@ def exact(method, experts, base, *, weights=None, fraction=0.5, scale=1.0, densi
         if not angle:
             return start + (1 - fraction) * one + fraction * two
         return start + (np.sin((1 - fraction) * angle) * one + np.sin(fraction * angle) * two) / np.sin(angle)
-    kept = []
-    for change in changes:
-        sizes = np.sort(np.abs(change), axis=None)[::-1]
-        kept.append(np.where(np.abs(change) >= sizes[max(1, int(density * sizes.size)) - 1], change, 0))
+    if method == "metagpt":
+        squares = [np.sum(change**2) for change in changes]
+        return start + sum(square * change for square, change in zip(squares, changes, strict=True)) / sum(squares)
+    if method == "magmax":
+        stacked = np.stack(changes)
+        return start + scale * np.take_along_axis(stacked, np.abs(stacked).argmax(0)[None], 0)[0]
+    if masks is not None:
+        kept = [mask * change for mask, change in zip(masks, changes, strict=True)]
+    elif method == "breadcrumbs":
+        num = changes[0].size
+        first, last = int(drop_largest * num), num - int(drop_smallest * num)
+        kept = [kept_ranks(change, first, last) for change in changes]
+    else:
+        kept = [kept_ranks(change, 0, max(1, int(density * change.size))) for change in changes]
+    if method in ("dare", "breadcrumbs"):
+        return start + scale * sum(kept)
     sign = np.sign(sum(kept))
     agree = [np.where(np.sign(change) == sign, change, 0) for change in kept]
     return start + scale * sum(agree) / np.maximum(1, sum(np.abs(np.sign(change)) for change in agree))
+
+
+def kept_ranks(change, first, last):
+    """A change with zeros but for the elements that come first to last (not included) by size, the largest first."""
+    sizes = np.sort(np.abs(change), axis=None)[::-1]
+    return np.where((np.abs(change) <= sizes[first]) & (np.abs(change) >= sizes[last - 1]), change, 0)
 
 
 def check_close(found, wanted, dtype=torch.float32):

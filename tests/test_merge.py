@@ -18,11 +18,12 @@ from modalmerge.merge.methods import METHODS, expert_weights, needs, setting_par
 from modalmerge.merge.methods.elementwise import (
     arithmetic,
     arithmetic_as_released,
+    dot_products,
     interpolation,
-    narrow,
+    metagpt,
     slerp,
-    ties,
 )
+from modalmerge.merge.methods.rounding import narrow
 from modalmerge.merge.recipe import Recipe
 from modalmerge.records import MergeRecord, from_json
 
@@ -94,15 +95,31 @@ def test_slerp_by_hand():
     assert slerp(alike, fraction=0.25).tolist() == pytest.approx([1.5, 0.0025])
 
 
-def test_ties_by_hand():
-    base = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0])
-    changes = torch.tensor([[4.0, -3.0, 0.1, 2.0, 0.0], [2.0, 1.0, 0.2, -3.0, 0.1], [-1.0, -2.0, 0.3, 4.0, 0.0]])
-    # 3 of 5 are kept: (4, -3, ., 2, .), (2, 1, ., -3, .), (-1, -2, ., 4, .); signs +, -, ., +
-    wanted = [1 + 2 * (4 + 2) / 2, 1 - 2 * (3 + 2) / 2, 1.0, 1 + 2 * (2 + 4) / 2, 1.0]
-    assert ties(base, base + changes, density=0.6, scale=2.0).tolist() == pytest.approx(wanted)
-    # two of one size: both are kept, although int(0.2 * 5) is 1
-    equal = torch.tensor([[2.0, -2.0, 1.0, 0.0, 0.0]])
-    assert ties(base, base + equal, density=0.2).tolist() == [3.0, -1.0, 1.0, 1.0, 1.0]
+def test_metagpt_by_hand():
+    # changes (3, 0), (0, -4) and (0, 0): their squares 9 and 16 of 25
+    experts = SEED + torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])
+    assert metagpt(SEED, experts).tolist() == pytest.approx([1 + 9 / 25 * 3, 2 - 16 / 25 * 4])
+    assert metagpt(SEED, experts[2:]).tolist() == SEED.tolist()
+    assert metagpt(SEED, experts[:1]).tolist() == experts[0].tolist()
+
+
+def test_dot_products_do_not_depend_on_the_number_of_threads():
+    changes = torch.randn(2, 300_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            found.append(dot_products(changes))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    assert found[0][0][1] == found[0][1][0] == pytest.approx(float((changes[0] * changes[1]).sum()))
+
+
+def test_metagpt_has_the_dtype_of_the_base():
+    experts = torch.tensor([[3.0], [5.0]], dtype=torch.float64)
+    merged = metagpt(torch.ones(1, dtype=torch.bfloat16), experts)
+    assert (merged.dtype, merged.tolist()) == (torch.bfloat16, [4.59375])  # 1 + (4 * 2 + 16 * 4) / 20
 
 
 def test_narrowing_rounds_once():
@@ -191,6 +208,7 @@ def test_other_experts_need_weights(experts):
         (lambda: interpolation(EXPERTS, weights=(float("nan"), 0.5, 0.5)), "must be finite and sum to 1"),
         (lambda: interpolation(EXPERTS[:0], weights=()), "there is no expert to merge"),
         (lambda: arithmetic(SEED, EXPERTS[:0]), "arithmetic: there is no expert"),
+        (lambda: metagpt(SEED, EXPERTS[:0]), "metagpt: there is no expert"),
         (lambda: arithmetic(SEED, EXPERTS, scale=float("inf")), "arithmetic: scale must be finite, got inf"),
         (
             lambda: arithmetic_as_released(SEED, EXPERTS, scale=float("nan")),

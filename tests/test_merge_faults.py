@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from modalmerge.checkpoint import Checkpoint, open_checkpoint, partial, write_folder, writing
-from modalmerge.merge import apply, stream
+from modalmerge.merge import apply, stream, verify
 from modalmerge.merge.apply import merge_checkpoint
 from modalmerge.merge.recipe import Override, Recipe, Where
 
@@ -71,7 +71,7 @@ def whole(tmp_path_factory):
 def shrink(setattr_function):
     setattr_function(stream, "PIECE", PIECE)
     setattr_function(stream, "SAMPLE", 4 * 1024)
-    setattr_function(apply, "PIECE", PIECE)
+    setattr_function(verify, "PIECE", PIECE)
 
 
 def contents(folder):
@@ -547,30 +547,30 @@ def test_an_input_that_becomes_shorter_is_named(inputs, tmp_path, monkeypatch):
 def test_verify_finds_a_flipped_bit(inputs, tmp_path, monkeypatch, recipe, num_bytes):
     good = merge_checkpoint(**inputs, output=tmp_path / "good", recipe=recipe, verify=True)
     assert good.num_verified == good.record.num_merged + good.record.num_copied
-    verify = apply._verify
+    compare = apply.verify_folder
 
     def flipped(folder, *rest):
         path = max(folder.glob("*.safetensors"))
         content = bytearray(path.read_bytes())
         content[-num_bytes] ^= 1
         path.write_bytes(content)
-        return verify(folder, *rest)
+        return compare(folder, *rest)
 
-    monkeypatch.setattr(apply, "_verify", flipped)
+    monkeypatch.setattr(apply, "verify_folder", flipped)
     with pytest.raises(ValueError, match="verification failed: words differs from a second computation between"):
         merge_checkpoint(**inputs, output=tmp_path / "bad", recipe=recipe, verify=True)
     assert names_in(tmp_path) == ["good", "one", "seed", "two"]
 
 
 def test_verify_finds_a_header_that_is_not_the_one_planned(inputs, tmp_path, monkeypatch):
-    verify = apply._verify
+    compare = apply.verify_folder
 
     def renamed(folder, *rest):
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes().replace(b'"words"', b'"sword"', 1))
-        return verify(folder, *rest)
+        return compare(folder, *rest)
 
-    monkeypatch.setattr(apply, "_verify", renamed)
+    monkeypatch.setattr(apply, "verify_folder", renamed)
     with pytest.raises(ValueError, match="the names or shapes written are not those planned"):
         merge_checkpoint(**inputs, output=tmp_path / "out", recipe=Recipe(), verify=True)
     assert names_in(tmp_path) == ["one", "seed", "two"]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modalmerge.checkpoint import open_checkpoint, write_folder
+from modalmerge.distance import DISTANCES
 from modalmerge.layouts import COMPONENTS, PARTS
 from modalmerge.merge.apply import merge_checkpoint
 from modalmerge.merge.methods import METHODS
@@ -152,6 +153,8 @@ RECIPES = st.builds(
     shard_bytes=st.integers(1, 2**70),
     allow_nonfinite=st.booleans(),
     config_from=st.text(),
+    keep_fraction=st.floats(0, 1),
+    keep_by=st.sampled_from(sorted(DISTANCES)),
 )
 
 
@@ -325,6 +328,8 @@ def test_the_command_wins_over_the_file(tmp_path, source, command):
         "shard_size": 2000,
         "allow_nonfinite": False,
         "config_from": "",
+        "keep_fraction": 0.0,
+        "keep_by": "tssd",
     }
     fractions = {group["layer"]: group["settings"]["fraction"] for group in record["groups"]}
     assert fractions == {0: 0.3, 1: 0.2}

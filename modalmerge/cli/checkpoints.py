@@ -53,6 +53,15 @@ def merge(
         str, typer.Option(help="Name of a method (`modalmerge list methods`); interpolation by default.")
     ] = "",
     base: Annotated[str, typer.Option(help="Seed that the experts started from, for methods that take one.")] = "",
+    statistics: Annotated[
+        str, typer.Option(help="File of `modalmerge gram` on this checkpoint, for methods that take statistics.")
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option(help="Data to run the model on, for regmean_plus and learned, in place of statistics."),
+    ] = "",
+    config: Annotated[str, typer.Option(help="Preset that says which scenes, for --data.")] = "tiny",
+    num_samples: Annotated[int, typer.Option(help="Pairs of image and text to run, for --data.", min=1)] = 512,
     layout: LayoutName = "",
     changes: Annotated[
         list[str] | None,
@@ -69,6 +78,14 @@ def merge(
         str, typer.Option(help="Components or parts to merge, such as attention,ffn; the rest stays.")
     ] = "",
     layers: Annotated[str, typer.Option(help="Layers to merge, such as 0-9,11; the others stay.")] = "",
+    keep_fraction: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F",
+            help="Share of the saved parameters that may stay per expert, where experts are furthest apart: 0 to 1.",
+        ),
+    ] = None,
+    keep_by: Annotated[str, typer.Option(help="Distance by which experts are kept; tssd by default.")] = "",
     tied: Annotated[bool, typer.Option("--tied", help="Write the merged weights to every expert's place.")] = False,
     dtype: Annotated[str, typer.Option(help="Float dtype of the result; every tensor keeps its own by default.")] = "",
     shard_size: Annotated[str, typer.Option(help="Largest size of one file of weights; 5GB by default.")] = "",
@@ -92,24 +109,44 @@ def merge(
 
     content = {} if recipe is None else read_recipe(recipe)
     recipe_sources, recipe_base = content.pop("sources", {}), content.pop("base", "")
+    recipe_statistics = content.pop("statistics", "")
     chosen = sources or recipe_sources
     if not chosen:
         raise ValueError("no checkpoint is named; give its file or folder, or `sources` in a recipe")
     if method and method != content.get("method", method):
         print(f"note: the recipe's settings are for {content['method']}; they are left out", file=sys.stderr)
         content = {key: value for key, value in content.items() if key not in ("settings", "overrides")}
-    given = {"method": method, "layout": layout, "dtype": dtype, "shard_size": shard_size, "config_from": config_from}
+    given = {
+        "method": method,
+        "layout": layout,
+        "keep_by": keep_by,
+        "dtype": dtype,
+        "shard_size": shard_size,
+        "config_from": config_from,
+    }
     content |= {key: value for key, value in given.items() if value}
     content |= {key: True for key, value in (("tied", tied), ("allow_nonfinite", allow_nonfinite)) if value}
     content |= {"only": only.split(",")} if only else {}
     content |= {"layers": layers} if layers else {}
+    content |= {"keep_fraction": keep_fraction} if keep_fraction is not None else {}
     _add_settings(content, changes or [])
+    given_statistics: Any = statistics or recipe_statistics or None
+    if data:
+        from modalmerge.cli.procedures import statistics_from_data
+
+        if given_statistics or len(chosen) > 1:
+            raise ValueError("--data is for one checkpoint with experts, and in place of --statistics")
+        (source,) = chosen.values() if isinstance(chosen, dict) else chosen
+        given_statistics = statistics_from_data(
+            content, Path(source), base or recipe_base, data=data, config=config, num_samples=num_samples
+        )
     with _reporter(output.name) as report:
         outcome = merge_checkpoint(
             chosen if isinstance(chosen, dict) else name_sources(chosen),
             output,
             recipe=from_dict(content),
             base=base or recipe_base or None,
+            statistics=given_statistics,
             resume=resume,
             verify=verify,
             device=device,
@@ -171,6 +208,8 @@ def _add_settings(content: dict[str, Any], changes: list[str]) -> None:
 
 
 def _answer_merge(outcome: "MergeOutcome", as_json: bool, verify: bool) -> None:
+    from modalmerge.merge.card import name_group
+
     record = outcome.record
     for warning in record.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -196,6 +235,13 @@ def _answer_merge(outcome: "MergeOutcome", as_json: bool, verify: bool) -> None:
     for why in sorted(set(record.left_out.values())):
         names = [name for name, reason in record.left_out.items() if reason == why]
         lines.append(f"left out: {len(names)} tensors, such as {names[0]} ({why})")
+    if record.kept:
+        shown["kept"] = record.kept
+        groups = [name_group(group) for group in record.kept["groups"] if group["is_kept"]]
+        lines.append(
+            f"kept per expert: {len(groups)} of {len(record.kept['groups'])} groups, {record.kept['fraction']:.1%} of "
+            f"what merging would save{': ' if groups else ''}{', '.join(groups)}"
+        )
     for file, keys in record.config_changes.items():
         lines += [f"{file}: {key} is {after} now, was {before}" for key, (before, after) in keys.items()]
     if verify:

@@ -33,13 +33,18 @@ def _rows(entries: Mapping[str, Any], about: Callable[[Any], tuple[str, str, str
     return rows
 
 
+# what the user must give for a method's argument
+_NEEDS = {"base": "a base", "gram": "Gram matrices", "fisher": "squared gradients", "coefficients": "data"}
+
+
 def _methods() -> list[dict[str, str]]:
     from modalmerge.merge.methods import METHODS, needs
 
     def about(method: Any) -> tuple[str, str, str]:
         text = method.__doc__ or ""
         source = " ".join(text.partition("Source:")[2].split("\n\n")[0].split())
-        return text.splitlines()[0], "a base" if "base" in needs(method) else "", source
+        needed = [_NEEDS[what] for what in needs(method) if what in _NEEDS]
+        return text.splitlines()[0], ", ".join(needed), source
 
     return _rows(METHODS, about)
 

@@ -34,7 +34,7 @@ whole names, so they tell a component from a part of one: `attn.v_bias` is nothi
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +375,26 @@ def detect(names: Iterable[str]) -> Layout:
         f"no layout fits the {len(names)} names (such as {seen}); {near}; known: {', '.join(LAYOUTS)}; "
         "a layout may also be given as a file"
     )
+
+
+def covering_components(parts: Collection[str]) -> tuple[list[str], set[str]]:
+    """Choose the components of a layer of this project's model that make these parts of it per expert.
+
+    Args:
+        parts: of `PARTS`: attention, norm1, ffn and norm2, or some of them.
+
+    Returns:
+        The components, at best one for each module, and what else they make per expert; where that is not empty,
+        the model has no form for these parts alone.
+    """
+
+    def covered() -> set[str]:
+        return {part for component in chosen for part in COMPONENTS[component]} - {"norm"}  # which is in no layer
+
+    chosen = [component for component in ("attention", "ffn") if component in parts]
+    if not covered().issuperset(parts):
+        chosen.append("norms")
+    return chosen, covered() - set(parts)
 
 
 def recorded_layout(metadata: Mapping[str, str]) -> str:

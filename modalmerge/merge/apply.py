@@ -9,7 +9,6 @@ import resource
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from modalmerge.checkpoint import (
     Checkpoint,
     PartialFolder,
     ShardWriter,
-    TensorInfo,
     forget,
     keep_on_disk_errors,
     open_checkpoint,
@@ -31,17 +29,20 @@ from modalmerge.checkpoint import (
     write_files,
 )
 from modalmerge.layouts import Layout, detect, load_layout
+from modalmerge.merge.budget import WholeReader, plan_within_budget
 from modalmerge.merge.card import model_card
 from modalmerge.merge.carry import CARD, RECORD, carried_files, edit_config
-from modalmerge.merge.methods.elementwise import narrow
-from modalmerge.merge.plan import Output, Plan, Source, plan_experts, plan_models
+from modalmerge.merge.methods import METHODS, takes
+from modalmerge.merge.outputs import Output, Plan, Source
+from modalmerge.merge.plan import plan_models
 from modalmerge.merge.recipe import Recipe, to_dict
-from modalmerge.merge.stream import PIECE, Done, Report, compute, content_hash, run
-from modalmerge.merge.surveys import PIECEWISE, SURVEYS
+from modalmerge.merge.statistics import Statistics, identify_checkpoint, identify_tensors, open_statistics
+from modalmerge.merge.stream import Done, Report, compute, content_hash, run
+from modalmerge.merge.supply import FROM_STATISTICS, describe_statistics
+from modalmerge.merge.verify import verify_folder
 from modalmerge.records import MergeRecord, from_json, to_json
 
 PLAIN = Recipe()
-_VERIFIED_OUTPUTS = 256  # tensors looked at by verify, in up to three places each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,9 @@ def merge_tensors(
     method: str = "interpolation",
     settings: Mapping[str, Any] | None = None,
     base: Mapping[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
+    keep_fraction: float = 0.0,
+    keep_by: str = PLAIN.keep_by,
 ) -> tuple[dict[str, Tensor], MergeRecord]:
     """Merge the experts of a model in memory.
 
@@ -82,28 +86,52 @@ def merge_tensors(
         method: a name of `METHODS`.
         settings: the method's settings by name; see `resolve_settings`.
         base: merged name to tensor of the seed, for methods that take one; not written to.
+        statistics: of these tensors, for methods that take them.
+        keep_fraction, keep_by: what stays per expert, as in `Recipe`.
 
     Returns:
         Merged name to new tensor, in sorted order, in the experts' dtype; tensors that are carried over are
-        copies. And the record of it, without files.
+        copies. And the record of it, without files; `remaining_components` says what a model that holds what remains
+        is configured as.
 
     Raises:
         ValueError: as `plan_experts`.
     """
-    recipe = Recipe(method=method, settings=settings or {}, layout=layout.name)
+    recipe = Recipe(
+        method=method, settings=settings or {}, layout=layout.name, keep_fraction=keep_fraction, keep_by=keep_by
+    )
     inputs = (tensors, base or {})
-    plan = plan_experts(tensor_infos(tensors), layout, recipe, base=None if base is None else tensor_infos(base))
-    merged = {}
+
+    def read(source: Source) -> Tensor:
+        return inputs[source.checkpoint][source.name]
+
+    if statistics is not None:
+        _check_identity(statistics, identify_tensors(tensors), "these tensors")
+    base_infos = None if base is None else tensor_infos(base)
+    plan = plan_within_budget(tensor_infos(tensors), layout, recipe, read, base=base_infos, statistics=statistics)
+    merged: dict[str, Tensor] = {}
+    finished: dict[str, Done] = {}
     for output in plan.outputs:
         if output.is_copy:
             merged[output.name] = tensors[output.name].clone()
         else:
             try:
-                merged[output.name] = compute(plan, output, lambda source: inputs[source.checkpoint][source.name])
+                merged[output.name], numbers = compute(plan, output, read, statistics=statistics)
+                finished[output.name] = Done(digests={}, nonfinite={}, numbers=numbers, bytes_read=0)
             except Exception as error:
                 error.add_note(f"while merging {output.name}")
                 raise
-    return merged, _record(plan, _resolved(recipe, plan), {}, inputs=[], base=None, config_changes={}, notes=())
+    record = _record(
+        plan,
+        _resolved(recipe, plan),
+        finished,
+        inputs=[],
+        base=None,
+        statistics=_describe_used(plan, statistics),
+        config_changes={},
+        notes=(),
+    )
+    return merged, record
 
 
 def merge_checkpoint(
@@ -112,6 +140,7 @@ def merge_checkpoint(
     *,
     recipe: Recipe = PLAIN,
     base: Path | str | None = None,
+    statistics: Path | str | Statistics | None = None,
     resume: bool = False,
     verify: bool = False,
     device: str = "cpu",
@@ -131,6 +160,7 @@ def merge_checkpoint(
         recipe: what to do.
         base: the seed, for methods that take one. For experts inside a checkpoint it is modality-agnostic: its tensors
             have the merged names.
+        statistics: of the checkpoint with experts, or the file of them, for methods that take them.
         resume: go on with a merge of the same inputs and recipe to the same output that was cut off.
         verify: read the result back and compare a sample of it with a computation of its own.
         device: where methods compute that need a whole parameter at once.
@@ -151,18 +181,21 @@ def merge_checkpoint(
     _check_names(named)
     opened = {name: open_checkpoint(source) for name, source in named.items()}
     seed = None if base is None else open_checkpoint(base)
-    layout, plan = _plan(opened, recipe, seed)
+    found, files_read = _statistics(statistics, opened)
+    inputs = [*opened.values(), *([seed] if seed is not None else [])]
+    reader = WholeReader(inputs)
+    layout, plan = _plan(opened, recipe, seed, found, reader)
+    described = _describe_used(plan, found)
     resolved = _resolved(recipe, plan, layout)
     files = carried_files(opened, config_from=recipe.config_from)
     files, config_changes = edit_config(files, plan, layout, recipe)
-    inputs = [*opened.values(), *([seed] if seed is not None else [])]
     headers = {name: dict(checkpoint.header_hashes) for name, checkpoint in opened.items()}
     base_headers = dict(seed.header_hashes) if seed is not None and plan.uses_base else None
-    files_read = [path for checkpoint in inputs for path in checkpoint.files]
-    record = _record_if_done(output, plan, resolved, headers, base_headers, files_read) if resume else None
+    files_read += [path for checkpoint in inputs for path in checkpoint.files]
+    record = _record_if_done(output, plan, resolved, headers, base_headers, described, files_read) if resume else None
     if record is not None:
         forget(output)
-        num_verified = _verify(output, plan, inputs, _numbers(record)) if verify else 0
+        num_verified = verify_folder(output, plan, inputs, _numbers(record), found) if verify else 0
         return _outcome(record, output, began, bytes_read=0, bytes_written=0, num_verified=num_verified)
     metadata = {
         "format": "pt",
@@ -170,9 +203,11 @@ def merge_checkpoint(
         "recipe": json.dumps(resolved, sort_keys=True),
         "inputs": json.dumps(headers, sort_keys=True),
     }
+    if described is not None:
+        metadata["statistics"] = json.dumps(described, sort_keys=True)
     finished: dict[str, Done] = {}
     before = 0
-    with PartialFolder(output, fingerprint=_fingerprint(metadata, plan, inputs), resume=resume) as partial:
+    with PartialFolder(output, fingerprint=_fingerprint(metadata, plan, inputs, files_read), resume=resume) as partial:
         finished = {name: _done_from(entry) for name, entry in partial.finished.items()}
         before = sum(x.num_bytes for x in plan.outputs if x.name in finished)
         _check_room(output, plan.num_bytes - before)
@@ -193,18 +228,21 @@ def merge_checkpoint(
                     device=device,
                     num_threads=num_threads or min(8, os.cpu_count() or 1),
                     on_done=on_done,
+                    statistics=found,
                     report=report,
                 )
             finally:
                 writer.close()
+            done = [*finished.values(), reader.done]
             record = _record(
                 plan,
                 resolved,
                 finished,
-                inputs=[_describe(name, n, opened[name], finished) for n, name in enumerate(opened)],
-                base=_describe(_name_of(base), plan.num_inputs, seed, finished)
+                inputs=[_describe(name, n, opened[name], done) for n, name in enumerate(opened)],
+                base=_describe(_name_of(base), plan.num_inputs, seed, done)
                 if seed is not None and base is not None and plan.uses_base
                 else None,
+                statistics=described,
                 config_changes=config_changes,
                 notes=tuple(note for checkpoint in inputs for note in checkpoint.notes),
             )
@@ -214,10 +252,10 @@ def merge_checkpoint(
                 if path.name != INDEX and path.suffix != ".safetensors":
                     path.unlink()
             write_files(partial.folder, small)
-        num_verified = _verify(partial.folder, plan, inputs, _numbers(record)) if verify else 0
+        num_verified = verify_folder(partial.folder, plan, inputs, _numbers(record), found) if verify else 0
     for checkpoint in inputs:
         checkpoint.close()
-    read = sum(done.bytes_read for done in finished.values())
+    read = sum(x.bytes_read for x in done)
     written = plan.num_bytes - before
     return _outcome(record, output, began, bytes_read=read, bytes_written=written, num_verified=num_verified)
 
@@ -262,13 +300,47 @@ def _check_names(named: Mapping[str, Path | str]) -> None:
             raise ValueError(f"a checkpoint cannot be called {name!r}; give it a name, as in first=PATH")
 
 
-def _plan(opened: Mapping[str, Checkpoint], recipe: Recipe, seed: Checkpoint | None) -> tuple[Layout | None, Plan]:
+def _statistics(
+    given: Path | str | Statistics | None, opened: Mapping[str, Checkpoint]
+) -> tuple[Statistics | None, list[Path]]:
+    """Open statistics and check that they are of the checkpoint; name their file, where it is one."""
+    if given is None:
+        return None, []
+    if len(opened) > 1:
+        raise ValueError("statistics are of the experts inside one checkpoint, several were given; leave them out")
+    found = given if isinstance(given, Statistics) else open_statistics(Path(given))
+    (checkpoint,) = opened.values()
+    _check_identity(found, identify_checkpoint(checkpoint), str(checkpoint.source))
+    return found, [] if isinstance(given, Statistics) else [Path(given)]
+
+
+def _check_identity(statistics: Statistics, identity: str, source: str) -> None:
+    if statistics.model and statistics.model != identity:
+        raise ValueError(
+            f"the statistics were collected on another model ({statistics.model}) than {source} ({identity}); collect "
+            "them on this one with `modalmerge gram`"
+        )
+
+
+def _describe_used(plan: Plan, statistics: Statistics | None) -> dict[str, Any] | None:
+    uses = any(what in FROM_STATISTICS for what in takes(METHODS[plan.method]))
+    return None if statistics is None or not uses else describe_statistics(statistics)
+
+
+def _plan(
+    opened: Mapping[str, Checkpoint],
+    recipe: Recipe,
+    seed: Checkpoint | None,
+    statistics: Statistics | None,
+    reader: WholeReader,
+) -> tuple[Layout | None, Plan]:
     base = None if seed is None else seed.infos
     if len(opened) > 1:
         return None, plan_models({name: checkpoint.infos for name, checkpoint in opened.items()}, recipe, base=base)
     (checkpoint,) = opened.values()
     layout = load_layout(recipe.layout) if recipe.layout else detect(checkpoint.names)
-    return layout, plan_experts(checkpoint.infos, layout, recipe, base=base)
+    plan = plan_within_budget(checkpoint.infos, layout, recipe, reader, base=base, statistics=statistics)
+    return layout, plan
 
 
 def _resolved(recipe: Recipe, plan: Plan, layout: Layout | None = None) -> dict[str, Any]:
@@ -276,13 +348,13 @@ def _resolved(recipe: Recipe, plan: Plan, layout: Layout | None = None) -> dict[
     return to_dict(dataclasses.replace(recipe, settings=plan.settings, layout=name))
 
 
-def _fingerprint(metadata: Mapping[str, str], plan: Plan, inputs: Sequence[Checkpoint]) -> str:
+def _fingerprint(
+    metadata: Mapping[str, str], plan: Plan, inputs: Sequence[Checkpoint], files_read: Sequence[Path]
+) -> str:
     """Hash what must be equal for a merge to be gone on with: headers, what goes where, and the input files."""
-    files = []
-    for checkpoint in inputs:
-        stats = [path.stat() for path in checkpoint.files]
-        files.append([dict(checkpoint.header_hashes), [[x.st_size, x.st_mtime_ns] for x in stats]])
-    text = json.dumps([metadata, repr(plan.outputs), files], sort_keys=True)
+    hashes = [dict(checkpoint.header_hashes) for checkpoint in inputs]
+    stats = [[x.st_size, x.st_mtime_ns] for x in (path.stat() for path in files_read)]
+    text = json.dumps([metadata, repr(plan.outputs), hashes, stats], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -292,6 +364,7 @@ def _record_if_done(
     resolved: Mapping[str, Any],
     headers: Mapping[str, Mapping[str, str]],
     base_headers: Mapping[str, str] | None,
+    statistics: Mapping[str, Any] | None,
     files: Sequence[Path],
 ) -> MergeRecord | None:
     """Read the record of `output` if it is this merge already, so that a second `--resume` finds it done."""
@@ -310,7 +383,8 @@ def _record_if_done(
         if dict(merged.infos) != plan.infos:
             return None
     found = [(x["name"], x["headers"]) for x in record.inputs], record.base and record.base["headers"]
-    return record if record.recipe == resolved and found == (list(headers.items()), base_headers) else None
+    wanted = list(headers.items()), base_headers
+    return record if (record.recipe, record.statistics, found) == (resolved, statistics, wanted) else None
 
 
 def _check_room(output: Path, num_bytes: int) -> None:
@@ -322,12 +396,9 @@ def _check_room(output: Path, num_bytes: int) -> None:
         ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a disk's error: what an earlier run finished is kept
 
 
-def _describe(name: str, number: int, checkpoint: Checkpoint, finished: Mapping[str, Done]) -> dict[str, Any]:
+def _describe(name: str, number: int, checkpoint: Checkpoint, done: Sequence[Done]) -> dict[str, Any]:
     digests = {
-        source.name: digest
-        for done in finished.values()
-        for source, digest in done.digests.items()
-        if source.checkpoint == number
+        source.name: digest for entry in done for source, digest in entry.digests.items() if source.checkpoint == number
     }
     return {
         "name": name,
@@ -345,6 +416,7 @@ def _record(
     *,
     inputs: list[dict[str, Any]],
     base: dict[str, Any] | None,
+    statistics: dict[str, Any] | None,
     config_changes: dict[str, Any],
     notes: tuple[str, ...],
 ) -> MergeRecord:
@@ -367,11 +439,13 @@ def _record(
         experts=list(plan.experts),
         inputs=inputs,
         base=base,
+        statistics=statistics,
         num_merged=len(merged),
         num_copied=len(plan.outputs) - len(merged),
         left_out=dict(plan.left_out),
         undeclared=list(plan.undeclared),
         remaining=list(plan.remaining),
+        kept=dict(plan.kept),
         nonfinite=dict(sorted(nonfinite.items())),
         config_changes=config_changes,
         groups=[_group(output, finished.get(output.name)) for output in merged],
@@ -418,85 +492,6 @@ def _done_from(entry: Mapping[str, Any]) -> Done:
 
 def _numbers(record: MergeRecord) -> dict[str, Any]:
     return {group["name"]: group["numbers"] for group in record.groups if "numbers" in group}
-
-
-def _verify(folder: Path, plan: Plan, inputs: Sequence[Checkpoint], numbers: Mapping[str, Mapping[str, Any]]) -> int:
-    """Read a sample of the result back and compare it with what the method gives for the same elements.
-
-    Args:
-        folder: the result.
-        plan: of the merge.
-        inputs: as for `run`.
-        numbers: name of an output to what was measured of it.
-
-    Returns:
-        How many tensors were compared.
-
-    Raises:
-        ValueError: something is not as it should be.
-    """
-    with open_checkpoint(folder) as written:
-        if dict(written.infos) != plan.infos:
-            raise ValueError(f"{folder}: verification failed: the names or shapes written are not those planned")
-        step = max(1, len(plan.outputs) // _VERIFIED_OUTPUTS)
-        chosen = plan.outputs[::step]
-        for output in chosen:
-            for begin, end in _looked_at(output, whole=plan.method not in PIECEWISE):
-                wanted = _recompute(plan, output, inputs, begin, end, numbers.get(output.name, {}))
-                for name in output.written_as:
-                    if not _are_same(_elements(written, name, begin, end), wanted):
-                        raise ValueError(
-                            f"verification failed: {name} differs from a second computation between elements {begin} "
-                            f"and {end}; is the disk or memory at fault?"
-                        )
-        return len(chosen)
-
-
-def _looked_at(output: Output, *, whole: bool) -> list[tuple[int, int]]:
-    """Choose the elements to compare: the first, the last, and some by the name, or all."""
-    num = output.num_elements
-    if num <= PIECE or (whole and not output.is_copy):
-        return [(0, num)]
-    middle = zlib.crc32(output.name.encode()) % (num - PIECE)
-    return [(0, PIECE), (middle, middle + PIECE), (num - PIECE, num)]
-
-
-def _recompute(
-    plan: Plan, output: Output, inputs: Sequence[Checkpoint], begin: int, end: int, numbers: Mapping[str, Any]
-) -> Tensor:
-    # a method that needs all of a parameter may need its shape, too
-    shape = output.info.shape if end - begin == output.num_elements else (end - begin,)
-
-    def read(source: Source) -> Tensor:
-        return _elements(inputs[source.checkpoint], source.name, begin, end).reshape(shape)
-
-    if output.is_copy:
-        values = read(output.sources[0]).reshape(-1)
-        return values if values.dtype == output.info.dtype else narrow(values.double(), output.info.dtype)
-    survey = None
-    if numbers:
-        survey = SURVEYS[plan.method](output.num_elements, output.settings)
-        survey.recall(numbers)
-    part = dataclasses.replace(output, info=TensorInfo(output.info.dtype, shape))
-    return compute(plan, part, read, survey=survey).reshape(-1)
-
-
-def _are_same(found: Tensor, wanted: Tensor) -> bool:
-    """Tell whether two tensors have the same bits; any NaN is as good as another."""
-    if not found.numel() or torch.equal(found.view(torch.uint8), wanted.contiguous().view(torch.uint8)):
-        return True
-    return (
-        found.is_floating_point()
-        and torch.equal(found.isnan(), wanted.isnan())
-        and torch.equal(found[~found.isnan()].view(torch.uint8), wanted[~wanted.isnan()].view(torch.uint8))
-    )
-
-
-def _elements(checkpoint: Checkpoint, name: str, begin: int, end: int) -> Tensor:
-    values = torch.empty(end - begin, dtype=checkpoint.dtype(name))
-    if values.numel():
-        checkpoint.read_into(name, begin * values.element_size(), values.view(torch.uint8).numpy().data)
-    return values
 
 
 def _outcome(

@@ -1,11 +1,18 @@
 """The model card of a merge: what was merged, how, and how to do it again."""
 
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
 from modalmerge.layouts import LAYOUTS, Layout
 from modalmerge.records import MergeRecord
+
+
+def name_group(group: Mapping[str, Any]) -> str:
+    """Name a group of a record's `kept`: its component and layer."""
+    return group["component"] if group["layer"] is None else f"layer {group['layer']} {group['component']}"
 
 
 def model_card(record: MergeRecord, layout: Layout | None) -> str:
@@ -41,6 +48,14 @@ def model_card(record: MergeRecord, layout: Layout | None) -> str:
     if record.recipe["tied"]:
         loaded_by = f" Loaded by {layout.tied}." if layout is not None and layout.tied else ""
         lines += [f"The merged weights are in every expert's place.{loaded_by}", ""]
+    if record.kept:
+        kept = [f"{name_group(group)} ({group['distance']:.3g})" for group in record.kept["groups"] if group["is_kept"]]
+        lines += [
+            f"Kept per expert, by the {record.kept['distance']} of their {record.kept['of']}: {len(kept)} of "
+            f"{len(record.kept['groups'])} groups, with {record.kept['fraction']:.1%} of what merging would save"
+            f"{': ' if kept else ''}{', '.join(kept)}.",
+            "",
+        ]
     for file, keys in record.config_changes.items():
         changed = ", ".join(f"`{key}` from `{before}` to `{after}`" for key, (before, after) in keys.items())
         lines += [f"In `{file}`, {changed}.", ""]

@@ -1,13 +1,13 @@
 """The small files of a model folder: which are carried over, and what the merged model needs changed in them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from modalmerge.checkpoint import Checkpoint
-from modalmerge.layouts import Layout
-from modalmerge.merge.plan import Plan
+from modalmerge.layouts import Layout, covering_components
+from modalmerge.merge.outputs import Plan
 from modalmerge.merge.recipe import Recipe
 
 RECORD, CARD = "merge.json", "README.md"
@@ -80,7 +80,11 @@ def edit_config(
     wanted: dict[str, dict[str, Any]] = {}
     if layout is not None and not recipe.tied:
         if layout.name == "modalmerge" and CONFIG in files:
-            wanted[CONFIG] = {"experts": _remaining_components(plan, layout, _read_json(CONFIG, files[CONFIG]))}
+            experts = _read_json(CONFIG, files[CONFIG]).get("experts")
+            if not isinstance(experts, list) or not all(isinstance(layer, list) for layer in experts):
+                raise ValueError(f"{CONFIG}: wanted a list 'experts', one entry per layer, got {experts!r}")
+            if plan.merges:  # else the experts are as they were, in whatever words
+                wanted[CONFIG] = {"experts": remaining_components(plan.remaining, layout, len(experts))}
         elif not plan.remaining:
             wanted = {file: dict(keys) for file, keys in layout.target.config.items() if file in files}
     if recipe.dtype and CONFIG in files:
@@ -94,6 +98,38 @@ def edit_config(
             changes[file] = changed
             edited[file] = (json.dumps({**content, **keys}, indent=2, sort_keys=True) + "\n").encode()
     return edited, changes
+
+
+def remaining_components(remaining: Iterable[str], layout: Layout, num_layers: int) -> list[list[str]]:
+    """Spell out which components of each layer are per modality after a merge: `experts` of a model's configuration.
+
+    Args:
+        remaining: names of the experts' tensors that stay, as in a plan or a record.
+        layout: of the names, with the components of this project's model.
+        num_layers: of the model.
+
+    Returns:
+        The components of every layer, such as ["attention", "ffn"]; [] where nothing stays.
+
+    Raises:
+        ValueError: a name is of a layer that the model lacks, or the model has no form for what stays in a layer.
+    """
+    parts: list[set[str]] = [set() for _ in range(num_layers)]
+    for name in remaining:
+        place = layout.place(name)
+        if place.layer is None or place.layer >= num_layers:
+            raise ValueError(f"{CONFIG}: has {num_layers} layers, the weights have {name!r}")
+        parts[place.layer].add(place.part)
+    spelled = []
+    for layer, found in enumerate(parts):
+        components, further = covering_components(found)
+        if further:
+            raise ValueError(
+                f"layer {layer} would keep only {', '.join(sorted(found))} per modality, which the model has no form "
+                "for; merge attention with norm1, ffn with norm2, or both norms"
+            )
+        spelled.append(components)
+    return spelled
 
 
 def _small_files(folder: Path) -> dict[str, bytes]:
@@ -129,39 +165,3 @@ def _read_json(file: str, content: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"{file}: wanted keys and values, got {type(parsed).__name__}")
     return parsed
-
-
-def _remaining_components(plan: Plan, layout: Layout, config: Mapping[str, Any]) -> list[list[str]]:
-    """Spell out which components of each layer are per modality after the merge."""
-    experts = config.get("experts")
-    if not isinstance(experts, list) or not all(isinstance(layer, list) for layer in experts):
-        raise ValueError(f"{CONFIG}: wanted a list 'experts', one entry per layer, got {experts!r}")
-    parts: list[set[str]] = [set() for _ in experts]
-    for name in plan.remaining:
-        place = layout.place(name)
-        if place.layer is None or place.layer >= len(parts):
-            raise ValueError(f"{CONFIG}: has {len(parts)} layers, the weights have {name!r}")
-        parts[place.layer].add(place.part)
-    return [_spell(layer, number) for number, layer in enumerate(parts)]
-
-
-# What each component of this project's model covers, as in its configuration; any union of them can be configured.
-_COVERS: Mapping[str, frozenset[str]] = {
-    "attention": frozenset({"attention", "norm1"}),
-    "ffn": frozenset({"ffn", "norm2"}),
-    "norms": frozenset({"norm1", "norm2"}),
-}
-
-
-def _spell(parts: set[str], layer: int) -> list[str]:
-    chosen: list[str] = [component for component in ("attention", "ffn") if component in parts]
-    covered = {part for component in chosen for part in _COVERS[component]}
-    if not parts <= covered:
-        chosen.append("norms")
-        covered |= _COVERS["norms"]
-    if covered != parts:
-        raise ValueError(
-            f"layer {layer} would keep only {', '.join(sorted(parts))} per modality, which the model has no form for; "
-            "merge attention with norm1, ffn with norm2, or both norms"
-        )
-    return chosen

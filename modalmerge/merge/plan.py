@@ -8,16 +8,19 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modalmerge.checkpoint import TensorInfo
 from modalmerge.layouts import ZEROS, Layout, Place
-from modalmerge.merge.methods import METHODS, expert_weights, needs, setting_parameters, takes
+from modalmerge.merge.methods import METHODS, PER_MATRIX, expert_weights, needs, setting_parameters, takes
+from modalmerge.merge.outputs import Output, Plan, Source
 from modalmerge.merge.recipe import Recipe
+from modalmerge.merge.statistics import Statistics
+from modalmerge.merge.supply import check_given, check_parameter, is_split, linear_input, try_method
 from modalmerge.registry import find, nearest, unknown
 
 DEFAULT_RATIO = 0.5  # the share of vision with which the paper's tables are made
@@ -27,101 +30,15 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
 Infos = Mapping[str, TensorInfo]
 
 
-class Source(NamedTuple):
-    """One tensor of one input: the number of the checkpoint and the native name, `ZEROS` for zeros."""
-
-    checkpoint: int
-    name: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Output:
-    """One tensor to write.
-
-    Args:
-        name: merged name.
-        info: dtype and shape of the result.
-        sources: what it is made of, one for each expert; a single one for a copy.
-        experts: whose the sources are; empty for a copy.
-        base: the seed's tensor, or None where the method takes none.
-        settings: what the method is called with.
-        part, layer: as in the layout; "" and None where it says nothing.
-        written_as: the names it is written under; several where experts are tied.
-        equal: further tensors that a copy must be equal to.
-    """
-
-    name: str
-    info: TensorInfo
-    sources: tuple[Source, ...]
-    experts: tuple[str, ...] = ()
-    base: Source | None = None
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    part: str = ""
-    layer: int | None = None
-    written_as: tuple[str, ...] = ()
-    equal: tuple[Source, ...] = ()
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether no method is applied."""
-        return not self.experts
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the tensor."""
-        return math.prod(self.info.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that are written, under all names."""
-        return self.info.num_bytes * len(self.written_as)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a merge will do.
-
-    Args:
-        method: name of the method.
-        settings: resolved settings for parameters without an override.
-        layout: name of the layout; "" for several checkpoints.
-        experts: the experts that are merged, or the names of the checkpoints.
-        num_inputs: checkpoints, without the base, which has the number behind the last.
-        outputs: every output, sorted by name.
-        left_out: native names that no output uses, to the reason.
-        undeclared: native names of which the layout says nothing; they are copied.
-        remaining: names of expert tensors that stay per expert, in the output too.
-        warnings: what the user should know.
-    """
-
-    method: str
-    settings: Mapping[str, Any]
-    layout: str
-    experts: tuple[str, ...]
-    num_inputs: int
-    outputs: tuple[Output, ...]
-    left_out: Mapping[str, str]
-    undeclared: tuple[str, ...]
-    remaining: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        """Dtype and shape of every tensor that is written, by its name."""
-        return {name: output.info for output in self.outputs for name in output.written_as}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors that are written."""
-        return sum(output.num_bytes for output in self.outputs)
-
-    @property
-    def uses_base(self) -> bool:
-        """Whether any output is made from the base, or copied from it."""
-        return any(x.base is not None or x.sources[0].checkpoint == self.num_inputs for x in self.outputs)
-
-
-def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | None = None) -> Plan:
+def plan_experts(
+    infos: Infos,
+    layout: Layout,
+    recipe: Recipe,
+    *,
+    base: Infos | None = None,
+    statistics: Statistics | None = None,
+    kept: Collection[str] = (),
+) -> Plan:
     """Plan the merge of the experts inside one checkpoint.
 
     Args:
@@ -129,13 +46,16 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
         layout: what the names mean.
         recipe: what to do.
         base: merged name to dtype and shape of the seed, for methods that take one.
+        statistics: of the checkpoint, for methods that take them.
+        kept: merged names of parameters whose experts stay as they are; there may be all of them.
 
     Returns:
         The plan.
 
     Raises:
         ValueError: there is nothing to merge; method, setting or expert is unknown or not allowed; the experts of a
-            parameter differ in shape or dtype; the base lacks a parameter or has another shape.
+            parameter differ in shape or dtype; the base lacks a parameter or has another shape; the statistics lack
+            something.
     """
     if layout.nothing:
         raise ValueError(f"layout {layout.name}: nothing to merge: {layout.nothing}")
@@ -146,10 +66,12 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
     if not experts:
         raise ValueError(f"layout {layout.name}: none of the {len(infos)} tensors is an expert's; nothing to merge")
     resolver = _Resolver(recipe, experts)
+    check_given(recipe.method, statistics)
     no_place = {name: place.why for name, place in places.items() if place.left_out}
-    # tied weights are for the original's code, which has a place for everything
-    outputs = [_copy(name, infos, recipe) for name in no_place] if recipe.tied else []
-    left_out = {} if recipe.tied else no_place
+    # the original's code has a place for everything, and tied or unmerged weights are for it
+    for_original = recipe.tied or all(name in kept for name, group in groups.items() if not isinstance(group, str))
+    outputs = [_copy(name, infos, recipe) for name in no_place] if for_original else []
+    left_out = {} if for_original else no_place
     alone: list[str] = []
     remaining: list[str] = []
     for merged, group in groups.items():
@@ -158,7 +80,7 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
             continue
         stored = tuple(name for name in group.values() if name != ZEROS)
         place = places[stored[0]]
-        if not recipe.where.holds(place.part, place.layer):
+        if merged in kept or not recipe.where.holds(place.part, place.layer):
             outputs += [_copy(name, infos, recipe) for name in stored]
             remaining += stored
             continue
@@ -175,32 +97,37 @@ def plan_experts(infos: Infos, layout: Layout, recipe: Recipe, *, base: Infos | 
                 "without --tied"
             )
         there = [native for native in natives if native != ZEROS] or stored
-        info = _common_info(merged, {native: infos[native] for native in there}, recipe)
-        outputs.append(
-            Output(
-                name=merged,
-                info=_in_dtype(info, recipe),
-                sources=tuple(Source(0, native) for native in natives),
-                experts=used,
-                base=_base_source(merged, info, base, resolver, number=1, layout=layout),
-                settings=resolver.for_method(merged, used, settings),
-                part=place.part,
-                layer=place.layer,
-                written_as=written_as,
-            )
+        info = common_info(merged, {native: infos[native] for native in there}, recipe)
+        output = Output(
+            name=merged,
+            info=_in_dtype(info, recipe),
+            sources=tuple(Source(0, native) for native in natives),
+            experts=used,
+            base=_base_source(merged, info, base, resolver, number=1, layout=layout),
+            settings=resolver.for_method(merged, used, settings),
+            part=place.part,
+            layer=place.layer,
+            written_as=written_as,
+            input=linear_input(recipe.method, merged, used, layout, statistics),
+            fused=layout.fused_rows(merged) or "",
         )
-    if all(output.is_copy for output in outputs):
+        check_parameter(recipe.method, output, statistics)
+        outputs.append(output)
+    nothing_merged = all(output.is_copy for output in outputs)
+    if nothing_merged and not kept:
         parts = sorted({place.part for place in places.values() if place.expert})
         raise ValueError(f"nothing is merged: no expert's tensor fits {recipe.where}; the parts are {', '.join(parts)}")
-    resolver.check_overrides_held()
-    warnings = resolver.warnings(base)
+    if not kept:  # else they may hold for what is kept
+        resolver.check_overrides_held()
+    warnings = resolver.warnings(base, is_read=recipe.keep_fraction > 0)
     if alone and len(experts) > 1:
         warnings.append(f"{len(alone)} tensors are the only expert of their parameter, such as {alone[0]}")
-    if remaining and not recipe.tied and layout.name != "modalmerge":
+    if remaining and not (nothing_merged or recipe.tied) and layout.name != "modalmerge":
         warnings.append(
             f"{len(remaining)} experts' tensors stay beside the merged ones, which no code that is known here loads; "
             "--tied writes the merged weights to every expert's place instead"
         )
+    warnings += _whole_matrices(recipe.method, outputs, statistics)
     undeclared = tuple(sorted(name for name, place in places.items() if place.expert is None and not place.why))
     if undeclared:
         warnings.append(
@@ -239,12 +166,18 @@ def plan_models(inputs: Mapping[str, Infos], recipe: Recipe, *, base: Infos | No
     names = tuple(inputs)
     if recipe.layout or recipe.tied or recipe.where.only:
         raise ValueError("layout, tied and only are for experts inside one checkpoint, several were given")
+    if recipe.keep_fraction:
+        raise ValueError(
+            f"keep_fraction, {recipe.keep_fraction}, is for experts inside one checkpoint, several were given; leave "
+            "it out"
+        )
     if recipe.where.layers and base is None:
         raise ValueError("layers of several checkpoints need a base, whose weights stay in the other layers")
     first, *others = inputs.items()
     for name, infos in others:
         _check_same_names(first[0], first[1], name, infos)
     resolver = _Resolver(recipe, names)
+    check_given(recipe.method, None, several=True)
     outputs = []
     left_out: dict[str, str] = {}
     for tensor, info in sorted(first[1].items()):
@@ -256,10 +189,10 @@ def plan_models(inputs: Mapping[str, Infos], recipe: Recipe, *, base: Infos | No
             equal = tuple(Source(number, tensor) for number in range(1, len(names)))
             outputs.append(dataclasses.replace(_copy(tensor, first[1], recipe), equal=equal))
             continue
-        common = _common_info(tensor, found, recipe)
+        common = common_info(tensor, found, recipe)
         if not recipe.where.holds("", place.layer):
             assert base is not None, "checked above"
-            _check_base(tensor, common, base, None)
+            check_base(tensor, common, base, None)
             copied = _copy(tensor, base, recipe)
             outputs.append(dataclasses.replace(copied, sources=(Source(len(names), tensor),)))
             left_out |= {
@@ -294,7 +227,7 @@ def plan_models(inputs: Mapping[str, Infos], recipe: Recipe, *, base: Infos | No
         left_out=left_out,
         undeclared=(),
         remaining=(),
-        warnings=tuple(resolver.warnings(base, copied=bool(recipe.where.layers))),
+        warnings=tuple(resolver.warnings(base, is_read=bool(recipe.where.layers))),
     )
     _check_all_accounted(plan, list(inputs.values()), names)
     return plan
@@ -394,8 +327,7 @@ class _Resolver:
         """Have the method check its settings and the number of experts, on tensors without elements."""
         tried = (num_experts, tuple(settings.items()))
         if tried not in self._tried:
-            supplied = {"experts": torch.zeros(num_experts, 0), "base": torch.zeros(0)}
-            self.function(*(supplied[need] for need in takes(self.function)), **settings)
+            try_method(self.function, num_experts, settings)
             self._tried.add(tried)
 
     def check_overrides_held(self) -> None:
@@ -404,11 +336,30 @@ class _Resolver:
             if number not in self._held:
                 raise ValueError(f"the settings for {override.where} hold for nothing that is merged")
 
-    def warnings(self, base: Infos | None, *, copied: bool = False) -> list[str]:
-        """Say what was given and is not used; the base may have been copied from."""
-        if base is not None and "base" not in takes(self.function) and not copied:
+    def warnings(self, base: Infos | None, *, is_read: bool) -> list[str]:
+        """Say what was given and is not used; the base may be read for something else than the method."""
+        if base is not None and "base" not in takes(self.function) and not is_read:
             return [f"{self._recipe.method} uses no base; the one given was not read"]
         return []
+
+
+def _whole_matrices(method: str, outputs: Sequence[Output], statistics: Statistics | None) -> list[str]:
+    """Say which parameters a method cannot treat as it should."""
+    merged = [output for output in outputs if len(output.experts) > 1 and len(output.info.shape) == 2]
+    warnings = []
+    if method in PER_MATRIX:
+        fused = [output for output in merged if output.fused and not is_split(output)]
+        if fused:
+            warnings.append(
+                f"{len(fused)} fused projections, such as {fused[0].name} ({fused[0].fused}), are merged as one matrix "
+                "each: their rows cannot be told apart"
+            )
+    alone = [output.name for output in merged if not output.input]
+    if "gram" in needs(METHODS[method]) and statistics is not None and alone:
+        warnings.append(
+            f"{len(alone)} matrices, such as {alone[0]}, have no linear input in the layout; their experts are averaged"
+        )
+    return warnings
 
 
 def _copy(name: str, infos: Infos, recipe: Recipe) -> Output:
@@ -430,7 +381,7 @@ def _base_source(
             name = resolver.function.__name__
             raise ValueError(f"{name} needs the seed that the experts started from; give it as base")
         return None
-    _check_base(merged, info, base, layout)
+    check_base(merged, info, base, layout)
     return Source(number, merged)
 
 
@@ -473,8 +424,15 @@ def _used_experts(group: tuple[str, ...], use_experts: str | list[str]) -> tuple
     return group
 
 
-def _common_info(merged: str, found: Mapping[str, TensorInfo], recipe: Recipe) -> TensorInfo:
-    """Check that the sources of a parameter can be merged; their dtypes may differ where the result's is given."""
+def common_info(merged: str, found: Mapping[str, TensorInfo], recipe: Recipe) -> TensorInfo:
+    """Check that the sources of a parameter can be merged; their dtypes may differ where the result's is given.
+
+    Returns:
+        Dtype and shape of the first.
+
+    Raises:
+        ValueError: a dtype is none that can be merged, or shapes or dtypes differ.
+    """
     (native, first), *others = found.items()
     for name, info in found.items():
         if info.dtype not in MERGEABLE:
@@ -511,7 +469,12 @@ def _check_same_names(one: str, first: Infos, other: str, infos: Infos) -> None:
         raise ValueError(f"{has} holds the tensor {name!r}, which {lacks} lacks; nearest there: {close!r}")
 
 
-def _check_base(merged: str, info: TensorInfo, base: Infos, layout: Layout | None) -> None:
+def check_base(merged: str, info: TensorInfo, base: Infos, layout: Layout | None) -> None:
+    """Check that the base has a parameter of this merged name, shape and a float dtype.
+
+    Raises:
+        ValueError: it has none.
+    """
     if merged not in base:
         advice = "is it the seed of this model?"
         if layout is not None and any(layout.place(name).expert is not None for name in base):

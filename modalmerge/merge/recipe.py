@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from modalmerge.checkpoint.hub import is_hub_id
+from modalmerge.distance import DISTANCES
 from modalmerge.layouts import COMPONENTS, PARTS
-from modalmerge.registry import unknown
+from modalmerge.registry import find, unknown
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 SHARD_BYTES = 5 * 10**9
@@ -83,6 +84,9 @@ class Recipe:
         overrides: other settings for some parameters; where several hold, the later ones win.
         layout: a name of `LAYOUTS` or a layout file; "" to find it by the names.
         where: what is merged; experts elsewhere stay as they are.
+        keep_fraction: share of the numbers which that would save that may stay per expert, where experts are furthest
+            apart, in [0, 1]; 0 merges all, 1 nothing. See `modalmerge.merge.budget`.
+        keep_by: how far apart they are, a name of `DISTANCES`.
         dtype: float dtype of the result, one of `DTYPES`; "" keeps every tensor's own.
         tied: write the merged weights to every expert's place, for code that knows no merged model.
         shard_bytes: largest size of one file of weights.
@@ -95,6 +99,8 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     layout: str = ""
     where: Where = Where()
+    keep_fraction: float = 0.0
+    keep_by: str = "tssd"
     dtype: str = ""
     tied: bool = False
     shard_bytes: int = SHARD_BYTES
@@ -104,6 +110,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dtype and self.dtype not in DTYPES:
             raise unknown(self.dtype, DTYPES, "dtype")
+        if not 0 <= self.keep_fraction <= 1:
+            raise ValueError(f"keep_fraction must be in [0, 1], got {self.keep_fraction}")
+        find(DISTANCES, self.keep_by, "distance")
         if self.shard_bytes < 1:
             raise ValueError(f"shard size must be at least 1 byte, got {self.shard_bytes}")
 
@@ -120,6 +129,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
         "layout": recipe.layout,
         "only": list(recipe.where.only),
         "layers": recipe.where.layers,
+        "keep_fraction": recipe.keep_fraction,
+        "keep_by": recipe.keep_by,
         "dtype": recipe.dtype,
         "tied": recipe.tied,
         "shard_size": recipe.shard_bytes,
@@ -144,7 +155,7 @@ def from_dict(content: Any, *, source: str = "recipe") -> Recipe:
     known = to_dict(Recipe())
     _check_keys(content, known, source)
     for key, value in content.items():
-        allowed = (str, int) if key == "shard_size" else type(known[key])
+        allowed = {"shard_size": (str, int), "keep_fraction": (float, int)}.get(key, type(known[key]))
         if not isinstance(value, allowed) or (isinstance(value, bool) and key not in ("tied", "allow_nonfinite")):
             raise ValueError(f"{source}: {key} must be {_kind(known[key])}, got {value!r}")
     overrides = []
@@ -155,7 +166,9 @@ def from_dict(content: Any, *, source: str = "recipe") -> Recipe:
         where = _where(entry, f"{source}: overrides[{number}]")
         overrides.append(Override(where=where, settings=entry["settings"]))
     plain = {key: content[key] for key in ("method", "settings", "layout", "dtype", "tied") if key in content}
-    plain |= {key: content[key] for key in ("allow_nonfinite", "config_from") if key in content}
+    plain |= {key: content[key] for key in ("allow_nonfinite", "config_from", "keep_by") if key in content}
+    if "keep_fraction" in content:
+        plain["keep_fraction"] = float(str(content["keep_fraction"]))  # a huge integer alone has no float
     if "shard_size" in content:
         plain["shard_bytes"] = parse_size(content["shard_size"])
     return Recipe(**plain, overrides=tuple(overrides), where=_where(content, source))
@@ -165,8 +178,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe file.
 
     Args:
-        path: YAML or JSON with the keys of `to_dict`, and perhaps `sources` (paths, or names with paths) and `base`
-            (a path), relative to the file's folder; or the merge.json of an earlier merge.
+        path: YAML or JSON with the keys of `to_dict`, and perhaps `sources` (paths, or names with paths), `base` and
+            `statistics` (a path each), relative to the file's folder; or the merge.json of an earlier merge.
 
     Returns:
         What it holds, paths made absolute.
@@ -186,12 +199,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         content = content["recipe"]
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a recipe holds keys and values, got {content!r}")
-    _check_keys(content, {**to_dict(Recipe()), "sources": [], "base": ""}, str(path))
+    _check_keys(content, {**to_dict(Recipe()), "sources": [], "base": "", "statistics": ""}, str(path))
     content = dict(content)
     if "sources" in content:
         content["sources"] = _source_paths(content["sources"], path)
-    if "base" in content:
-        content["base"] = _beside(path, content["base"])
+    for key in ("base", "statistics"):
+        if key in content:
+            content[key] = _beside(path, content[key])
     layout = content.get("layout")
     if isinstance(layout, str) and (path.parent / layout).is_file():
         content["layout"] = str(path.parent / layout)
@@ -258,7 +272,8 @@ def _check_keys(content: Any, known: Mapping[str, Any], source: str) -> None:
 
 
 def _kind(example: Any) -> str:
-    return {str: "text", bool: "true or false", int: "a size", list: "a list", dict: "keys and values"}[type(example)]
+    kinds = {str: "text", bool: "true or false", int: "a size", float: "a number", list: "a list"}
+    return kinds.get(type(example), "keys and values")
 
 
 def _source_paths(sources: Any, recipe: Path) -> dict[str, str] | list[str]:

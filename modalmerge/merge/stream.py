@@ -20,9 +20,11 @@ from torch import Tensor
 
 from modalmerge.checkpoint import Checkpoint, ShardWriter, TensorInfo
 from modalmerge.layouts import ZEROS
-from modalmerge.merge.methods import METHODS, takes
-from modalmerge.merge.methods.elementwise import holds_nonfinite, narrow
-from modalmerge.merge.plan import MERGEABLE, Output, Plan, Source, show
+from modalmerge.merge.methods.rounding import holds_nonfinite, narrow
+from modalmerge.merge.outputs import Output, Plan, Source
+from modalmerge.merge.plan import MERGEABLE, show
+from modalmerge.merge.statistics import Statistics
+from modalmerge.merge.supply import call_method
 from modalmerge.merge.surveys import PIECEWISE, SAMPLE, SURVEYS, Piece, Survey
 
 PIECE = 2**18  # elements; in float64 2 MiB, of which a few fit a cache, and long enough that Python costs little
@@ -56,6 +58,7 @@ def run(
     device: str,
     num_threads: int,
     on_done: Callable[[Output, Done], None],
+    statistics: Statistics | None = None,
     report: Report | None = None,
 ) -> None:
     """Compute and write every output.
@@ -69,6 +72,7 @@ def run(
         device: where methods compute that need a whole parameter; the others run on the CPU.
         num_threads: at least 1.
         on_done: called when an output is wholly written, one call at a time.
+        statistics: of the checkpoint, for methods that take them.
         report: called now and then with the bytes that are written and the bytes there are.
 
     Raises:
@@ -87,13 +91,17 @@ def run(
         writer=writer,
         allow_nonfinite=allow_nonfinite,
         device=device,
+        statistics=statistics,
         on_done=on_done,
         total=plan.num_bytes,
         written=plan.num_bytes - sum(output.num_bytes for output in outputs),
     )
     tasks = _tasks(outputs, state)
     threads_before = torch.get_num_threads()
-    threads = [threading.Thread(target=_work, args=(tasks, state), daemon=True) for _ in range(num_threads)]
+    # One whole parameter is in memory at a time, and its computation has all threads.
+    workers, threads_each = (num_threads, 1) if plan.method in PIECEWISE else (1, num_threads)
+    arguments = (tasks, state, threads_each)
+    threads = [threading.Thread(target=_work, args=arguments, daemon=True) for _ in range(workers)]
     try:
         for thread in threads:
             thread.start()
@@ -122,7 +130,8 @@ def compute(
     *,
     survey: Survey | None = None,
     device: str = "cpu",
-) -> Tensor:
+    statistics: Statistics | None = None,
+) -> tuple[Tensor, dict[str, float]]:
     """Merge one whole parameter in memory.
 
     Args:
@@ -131,16 +140,19 @@ def compute(
         read: returns the values of a source; not asked for zeros.
         survey: what was measured of the parameter; None to have the method measure for itself.
         device: where the method computes.
+        statistics: of the checkpoint, for methods that take them.
 
     Returns:
-        New tensor of the output's dtype, on the CPU.
+        New tensor of the output's dtype, on the CPU; and what the method measured.
     """
     tensors = [None if source.name == ZEROS else read(source) for source in output.sources]
     dtype, shape = output.info
     zeros = torch.zeros(shape, dtype=next((x.dtype for x in tensors if x is not None), dtype))
     stacked = _stack([zeros if x is None else x for x in tensors])
     base = None if output.base is None else read(output.base)
-    return _apply(plan, output, (stacked.to(device), None if base is None else base.to(device)), survey).cpu()
+    piece = stacked.to(device), None if base is None else base.to(device)
+    merged, numbers = _apply(plan, output, piece, survey, statistics)
+    return merged.cpu(), numbers
 
 
 def tensor_digest(pieces: Sequence[bytes]) -> str:
@@ -177,6 +189,7 @@ class _State:
     writer: ShardWriter
     allow_nonfinite: bool
     device: str
+    statistics: Statistics | None
     on_done: Callable[[Output, Done], None]
     total: int
     written: int
@@ -202,6 +215,7 @@ class _Job:
         sources = [*output.sources, *output.equal, *([output.base] if output.base else [])]
         self.digests: dict[Source, dict[int, bytes]] = {x: {} for x in sources if x.name != ZEROS}
         self.nonfinite: collections.Counter[Source] = collections.Counter()
+        self.numbers: dict[str, float] = {}
         self.bytes_read = 0
 
     def range(self, number: int) -> tuple[int, int]:
@@ -214,7 +228,7 @@ class _Job:
         return Done(
             digests={source: tensor_digest(pieces) for source, pieces in ordered.items()},
             nonfinite=dict(self.nonfinite),
-            numbers=self.survey.numbers() if self.survey else {},
+            numbers=self.survey.numbers() if self.survey else dict(self.numbers),
             bytes_read=self.bytes_read,
         )
 
@@ -247,9 +261,9 @@ def _pieces(job: _Job) -> Iterator[tuple[Output, Task]]:
         yield job.output, functools.partial(act, job, number)
 
 
-def _work(tasks: Iterator[tuple[Output, Task]], state: _State) -> None:
+def _work(tasks: Iterator[tuple[Output, Task]], state: _State, num_threads: int) -> None:
     """Do pieces of work until there are none left, or one has failed."""
-    torch.set_num_threads(1)  # of this thread: there is a thread for every core already
+    torch.set_num_threads(num_threads)  # of this thread: there is a thread for every core already
     buffers = _Buffers()
     while not state.stop:
         output = None
@@ -394,7 +408,7 @@ def _merge_piece(job: _Job, number: int, buffers: _Buffers) -> None:
             if job.state.stop:
                 return
     piece = _read_piece(job, number, buffers, hashed=True)
-    merged = _apply(job.state.plan, job.output, piece, job.survey)
+    merged, _ = _apply(job.state.plan, job.output, piece, job.survey, job.state.statistics)
     _write(job, number, _in_range(job, merged))
 
 
@@ -414,7 +428,8 @@ def _merge_whole(job: _Job, buffers: _Buffers) -> None:
                 raise _nonfinite_error(job, source)
         return values
 
-    merged = compute(state.plan, output, read, device=state.device).contiguous().reshape(-1)
+    merged, job.numbers = compute(state.plan, output, read, device=state.device, statistics=state.statistics)
+    merged = merged.contiguous().reshape(-1)
     for number in range(job.num_pieces):
         begin, end = job.range(number)
         _write(job, number, _in_range(job, merged[begin:end]))
@@ -460,15 +475,15 @@ def _widen(output: Output, piece: Piece) -> Piece:
     return experts.double(), None if base is None else base.double()
 
 
-def _apply(plan: Plan, output: Output, piece: Piece, survey: Survey | None) -> Tensor:
-    """Merge a piece."""
+def _apply(
+    plan: Plan, output: Output, piece: Piece, survey: Survey | None, statistics: Statistics | None
+) -> tuple[Tensor, dict[str, float]]:
+    """Merge a piece; and say what the method measured."""
     experts, base = _widen(output, piece)
     if survey is not None:
-        return narrow(survey.merge((experts, base)), output.info.dtype)
-    function = METHODS[plan.method]
-    supplied = {"experts": experts, "base": base}
-    merged = function(*(supplied[need] for need in takes(function)), **output.settings)
-    return narrow(merged, output.info.dtype)
+        return narrow(survey.merge((experts, base)), output.info.dtype), {}
+    merged, numbers = call_method(plan.method, output, experts, base, statistics)
+    return narrow(merged, output.info.dtype), numbers
 
 
 def _write(job: _Job, number: int, view: memoryview) -> None:

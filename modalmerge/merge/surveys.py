@@ -4,6 +4,7 @@ A survey sees every piece of a parameter once, in any order and from several thr
 is to be merged. Parameters of one piece need none: the method measures for itself.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,14 +12,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from modalmerge.merge.methods.elementwise import (
-    combine_changes,
-    dot_products,
-    slerp_weights,
-    ties_above,
-    ties_kept,
-    ties_magnitude,
-)
+from modalmerge.merge.methods.elementwise import combine_changes, dot_products, metagpt_weights, slerp_weights
+from modalmerge.merge.methods.sparse import ties_above, ties_kept, ties_magnitude
 
 SAMPLE = 2**16  # elements looked at before a survey of thresholds
 _MARGIN = 8  # standard deviations of a sample's quantile within which the whole one is looked for
@@ -49,11 +44,13 @@ class Survey(Protocol):
         """Take what was measured from a record, instead of measuring it."""
 
 
-class ArcSurvey:
-    """Measures the angle between two experts for `slerp`."""
+class ProductSurvey:
+    """Adds up the dot products of the experts' changes, from which methods such as `slerp` choose factors."""
 
-    def __init__(self, num_elements: int, settings: Mapping[str, Any]) -> None:
-        self._fraction: float = settings["fraction"]
+    def __init__(
+        self, num_elements: int, settings: Mapping[str, Any], *, choose: Callable[..., tuple[float, ...]]
+    ) -> None:
+        self._choose = functools.partial(choose, **settings)
         self._products: dict[int, tuple[tuple[float, ...], ...]] = {}
         self._weights: tuple[float, ...] = ()
 
@@ -71,7 +68,7 @@ class ArcSurvey:
         pieces = list(self._products.values())
         num = len(pieces[0])
         total = [[_sum([piece[i][j] for piece in pieces]) for j in range(num)] for i in range(num)]
-        self._weights = slerp_weights(total, fraction=self._fraction)
+        self._weights = self._choose(total)
         return True
 
     def merge(self, piece: Piece) -> Tensor:
@@ -80,11 +77,11 @@ class ArcSurvey:
 
     def numbers(self) -> dict[str, Any]:
         """Give the weights."""
-        return {"weights": list(self._weights)}
+        return {"weights": _for_json(self._weights)}
 
     def recall(self, numbers: Mapping[str, Any]) -> None:
         """Take the weights from a record."""
-        self._weights = tuple(numbers["weights"])
+        self._weights = tuple(float(x) for x in numbers["weights"])
 
 
 class _Found(NamedTuple):
@@ -175,8 +172,8 @@ class ThresholdSurvey:
         return ties_above(base, experts, thresholds=self._thresholds, scale=self._scale)
 
     def numbers(self) -> dict[str, Any]:
-        """Give the thresholds; those that are not finite as text, which JSON has no number for."""
-        return {"thresholds": [x if math.isfinite(x) else str(x) for x in self._thresholds]}
+        """Give the thresholds."""
+        return {"thresholds": _for_json(self._thresholds)}
 
     def recall(self, numbers: Mapping[str, Any]) -> None:
         """Take the thresholds from a record."""
@@ -191,7 +188,16 @@ def _sum(values: Sequence[float]) -> float:
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
+def _for_json(values: Sequence[float]) -> list[float | str]:
+    # JSON has no number for NaN and infinities
+    return [x if math.isfinite(x) else str(x) for x in values]
+
+
 # Methods that need numbers about the whole parameter.
-SURVEYS: Mapping[str, Callable[[int, Mapping[str, Any]], Survey]] = {"slerp": ArcSurvey, "ties": ThresholdSurvey}
+SURVEYS: Mapping[str, Callable[[int, Mapping[str, Any]], Survey]] = {
+    "slerp": functools.partial(ProductSurvey, choose=slerp_weights),
+    "metagpt": functools.partial(ProductSurvey, choose=metagpt_weights),
+    "ties": ThresholdSurvey,
+}
 # Methods that can be applied to a parameter piece by piece; the others get it whole.
-PIECEWISE = frozenset({"interpolation", "slerp", "arithmetic", "arithmetic_as_released", "ties"})
+PIECEWISE = frozenset({"interpolation", "arithmetic", "arithmetic_as_released", "magmax", *SURVEYS})

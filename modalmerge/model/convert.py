@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modalmerge.layouts import covering_components
 from modalmerge.model import positions
-from modalmerge.model.configuration import COMPONENTS, HEADS, ModalMergeConfig, change_config
+from modalmerge.model.configuration import HEADS, ModalMergeConfig, change_config
 from modalmerge.model.modeling import ModalMergeModel
 from modalmerge.registry import nearest
 
@@ -426,15 +427,11 @@ def _experts(shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> tuple[li
                 joint_layers.add(int(match[1]))
     experts = []
     for layer, found in enumerate(parts):
-        components: list[str] = [component for component in ("attention", "ffn") if component in found]
-        covered = {part for component in components for part in COMPONENTS[component]}
-        if found - covered:
-            components.append("norms")
-            covered |= set(COMPONENTS["norms"])
-        if covered != found:
+        components, further = covering_components(found)
+        if further:
             raise ValueError(
                 f"authors' checkpoint: block {layer} has experts for {', '.join(sorted(found))} alone; "
-                f"{', '.join(sorted(covered - found))} would have to have them too"
+                f"{', '.join(sorted(further))} would have to have them too"
             )
         experts.append(components)
     return experts, joint_layers
