@@ -4,21 +4,21 @@ import gc
 import os
 import sys
 
-from modalmerge.cli import benchmarks, checkpoints, tables, training
+from modalmerge.cli import benchmarks, checkpoints, procedures, statistics, tables, training
 from modalmerge.cli.app import app
 
-__all__ = ["app", "benchmarks", "checkpoints", "main", "run", "tables", "training"]
+__all__ = ["app", "benchmarks", "checkpoints", "main", "procedures", "run", "statistics", "tables", "training"]
 
 INTERRUPTED = 130
 
 # How an interrupted command is gone on with, for those that can.
 _GOES_ON = {
-    **dict.fromkeys(("study", "pretrain", "finetune"), "; the same command goes on from here"),
+    **dict.fromkeys(("study", "pretrain", "finetune", "heal"), "; the same command goes on from here"),
     "merge": "; the same command with --resume goes on from here",
 }
 
 # Commands that leave nothing to do at the end: they start no processes, and their files are whole.
-_FILE_COMMANDS = ("convert", "inspect", "list", "merge")
+_FILE_COMMANDS = ("align", "convert", "inspect", "list", "merge")
 
 
 def run() -> None:

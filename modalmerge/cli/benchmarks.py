@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modalmerge.cli.app import AsJson, app, command_line, print_json
+from modalmerge.cli.app import AsJson, app, command_line, print_json, quieten
 
 bench_app = typer.Typer(
     help="Measure against the stated alternative, both in one call.", no_args_is_help=True, rich_markup_mode=None
@@ -56,8 +56,6 @@ def bench_merge(
 ) -> None:
     """Measure merging against mergekit: time, memory, and whether the results agree."""
     from modalmerge.bench.merge import benchmark
-    from modalmerge.checkpoint import atomic_file
-    from modalmerge.study.driver import code_version
 
     measured = benchmark(
         folder=folder or (_MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())),
@@ -69,13 +67,48 @@ def bench_merge(
         floor=floor,
         scaling=[_bytes("--scaling", f"{number}GB") for number in scaling.split(",") if number],
         disk=disk,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=_say,
     )
+    measured = _keep(measured, output)
+    print_json(measured) if as_json else _print_measured(measured)
+
+
+@bench_app.command("gram", epilog="Example: modalmerge bench gram -o gram.json")
+def bench_gram(
+    size: Annotated[str, typer.Option(help="Model size, by name.")] = "base",
+    image_size: Annotated[int, typer.Option(help="Pixels per side.", min=1)] = 224,
+    batch_size: Annotated[int, typer.Option(help="Pairs of image and caption.", min=1)] = 8,
+    batches: Annotated[int, typer.Option(help="Batches that are counted in one run.", min=1)] = 2,
+    threads: Annotated[int, typer.Option(help="Threads of torch.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turns; medians are shown.", min=1)] = 5,
+    as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for everything measured.")] = None,
+) -> None:
+    """Measure collecting Gram matrices against the plain passes, and against naive hooks."""
+    quieten()
+    from modalmerge.bench.gram import Settings, benchmark
+
+    settings = Settings(
+        size=size, image_size=image_size, batch_size=batch_size, num_batches=batches, num_threads=threads
+    )
+    measured = _keep(benchmark(settings, rounds=rounds, say=_say), output)
+    print_json(measured) if as_json else _print_gram(measured)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _keep(measured: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """Add the command and the version of the code, and write the file that was asked for."""
+    from modalmerge.checkpoint import atomic_file
+    from modalmerge.study.driver import code_version
+
     measured = {"command": command_line(), "commit": code_version(), **measured}
     if output is not None:
         with atomic_file(output) as partial:
             partial.write_text(json.dumps(measured, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    print_json(measured) if as_json else _print_measured(measured)
+    return measured
 
 
 def _bytes(option: str, text: str) -> int:
@@ -85,6 +118,35 @@ def _bytes(option: str, text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise ValueError(f"{option}: {text!r} is no size; sizes are such as 2.2GB or 500MB") from error
+
+
+def _print_gram(measured: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = {
+        "plain": "plain passes",
+        "ours": "modalmerge",
+        "quarter": "a quarter of the tokens",
+        "other": "naive hooks",
+    }
+    table = Table("", "processor, s per batch", "over plain", "resident memory, MB")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, label in names.items():
+        seconds, memory = measured["seconds_per_batch"][name], measured["peak_rss_bytes"][name]
+        over = measured["over_plain"].get(name, 1.0)
+        table.add_row(label, f"{seconds:.3g}", f"{over:.2f}", f"{memory / 1e6:.0f}")
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    settings, machine = measured["settings"], measured["machine"]
+    console.print(
+        f"{settings['size']}, {settings['image_size']} px, batch {settings['batch_size']}, threads "
+        f"{settings['num_threads']}, medians of {measured['rounds']}; {machine['cpu']}, torch {machine['torch']}"
+    )
+    console.print(table)
+    before, after = (measured["load_average"][when][0] for when in ("before", "after"))
+    console.print(f"added by naive hooks / by modalmerge: {measured['ratio']:.2f}")
+    console.print(f"load average {before:.2f} before, {after:.2f} after")
 
 
 def _print_measured(measured: dict[str, Any]) -> None:

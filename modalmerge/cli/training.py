@@ -16,7 +16,7 @@ app.add_typer(data_app, name="data")
 # -- the study ----------------------------------------------------------------------------------------------
 
 
-@app.command(epilog="Example: modalmerge study tiny --set random_seeds=[0,1,2]")
+@app.command(epilog="Example: modalmerge study tiny --set random_seeds=[0,1,2] --set methods=ties,regmean")
 def study(
     preset: Annotated[str, typer.Argument(help="Name of a preset (`modalmerge list presets`) or a YAML file.")],
     output: Annotated[
@@ -28,7 +28,10 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; run nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, merge, fine-tune and measure every model of a study; the same command goes on where it stopped."""
+    """Train, merge, fine-tune and measure every model of a study; the same command goes on where it stopped.
+
+    A run can get more random_seeds, methods (names, or all), repairs (names, or all) and keep_fractions with --set.
+    """
     from modalmerge.study.presets import to_dict
 
     resolved = _preset(preset, changes)
@@ -48,7 +51,13 @@ def study(
     from modalmerge.study.driver import run_study
 
     outcome = run_study(resolved, run, command=command_line(), workers=workers, budget_minutes=budget)
-    summary = summarise(outcome.cells, random_seeds=resolved.random_seeds)
+    summary = summarise(
+        outcome.cells,
+        random_seeds=resolved.random_seeds,
+        methods=resolved.methods,
+        repairs=resolved.repairs,
+        keep_fractions=resolved.keep_fractions,
+    )
     report_path = run / "report.html"
     write_report(run, report_path)
     if as_json:
@@ -74,10 +83,10 @@ def study(
 @app.command(epilog="Example: modalmerge report runs/tiny -o report.html")
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a study.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write; .md for the tables alone.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write the page of a study, finished or not."""
+    """Write the page of a study, finished or not, or its tables as Markdown."""
     from modalmerge.report import write_report
 
     num_cells = write_report(run, output)

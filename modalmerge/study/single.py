@@ -1,4 +1,4 @@
-"""One stage of a preset by itself, with folders that the user names: what `pretrain`, `finetune`, `evaluate` run."""
+"""One stage of a preset by itself, with folders that the user names: `pretrain`, `heal`, `finetune`, `evaluate`."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from modalmerge.study.jobs import model_config, split_data
 from modalmerge.study.presets import Preset, to_dict
 from modalmerge.tasks import TASKS
 from modalmerge.train.loop import Report, TrainSettings
-from modalmerge.train.stages import finetune, initial_model, pretrain, save, start_experts, with_task_head
+from modalmerge.train.stages import finetune, heal, initial_model, pretrain, save, start_experts, with_task_head
 
 SETTINGS, CURVE, MODEL = "settings.json", "curve.json", "model"
 
@@ -90,6 +90,27 @@ def finetune_run(
     return _finish(run, scratch, asked, model, settings, curve, results)
 
 
+def heal_run(
+    preset: Preset, merged: Path, experts: Path, run: Path, *, report: Report | None = None, show_bar: bool = False
+) -> dict[str, Any]:
+    """Distil experts into what was merged from them, into `run`, and measure it zero-shot; goes on as `pretrain_run`.
+
+    Raises:
+        ValueError: `run` holds something else, or the models do not fit each other or the preset's data.
+    """
+    asked = {"stage": "heal", "start": str(merged), "experts": str(experts), "preset": to_dict(preset)}
+    if _finished(run, asked):
+        return _summary(run)
+    model, tokenizer = load(merged)
+    _check_data(model, len(tokenizer), preset, merged)
+    teacher, _ = load(experts)
+    settings = dataclasses.replace(preset.healing, random_seed=preset.random_seeds[0])
+    scratch, data = _scratch(run, asked), split_data(preset, "pretrain")
+    curve = heal(model, teacher, data, settings=settings, folder=scratch, report=report, show_bar=show_bar)
+    results = evaluate(model, "retrieval", split_data(preset, "validation"))
+    return _finish(run, scratch, asked, model, settings, curve, results)
+
+
 def evaluate_run(preset: Preset, source: Path, task: str, split: str) -> list[Result]:
     """Measure a saved model on one split of the embedded world."""
     find(TASKS, task, "task")
@@ -131,9 +152,15 @@ def _finished(run: Path, asked: dict[str, Any]) -> bool:
         if os.path.lexists(run):
             raise ValueError(f"{run} is not empty and no finished run; choose another folder with -o")
         return False
-    if json.loads(path.read_text())["asked"] != json.loads(json.dumps(asked)):
+    if not _is_same(json.loads(path.read_text())["asked"], asked):
         raise ValueError(f"{run} holds a run with other settings (see {SETTINGS} in it); choose another with -o")
     return True
+
+
+def _is_same(there: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Compare what was asked for, perhaps before a preset had all its present fields, with what is asked for now."""
+    now = json.loads(json.dumps(asked))
+    return {**there, "preset": {**now["preset"], **there["preset"]}} == now
 
 
 def _scratch(run: Path, asked: dict[str, Any]) -> Path:
@@ -141,7 +168,7 @@ def _scratch(run: Path, asked: dict[str, Any]) -> Path:
     folder = run.with_name(run.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
-    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(asked)):
+    if path.exists() and not _is_same(json.loads(path.read_text()), asked):
         raise ValueError(f"{folder} is an interrupted run with other settings; remove it, or choose another with -o")
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(asked))

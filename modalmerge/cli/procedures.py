@@ -1,0 +1,119 @@
+"""Commands that need a model that runs, or all of its weights at once: align experts, heal a merged model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modalmerge.cli.app import AsJson, Changes, answer, app, quieten
+from modalmerge.cli.training import _preset, _progress, _stage_text
+from modalmerge.registry import find
+
+if TYPE_CHECKING:
+    from modalmerge.merge.statistics import Statistics
+
+_BATCH = 32  # pairs that a procedure runs at a time
+
+
+@app.command(epilog="Example: modalmerge align runs/unseeded/model -o aligned")
+def align(
+    model: Annotated[Path, typer.Argument(help="Folder of a model with experts, in this project's layout.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must not exist.")],
+    as_json: AsJson = False,
+) -> None:
+    """Permute hidden units and heads of the experts to match vision's; the model computes the same as before."""
+    quieten()
+    import dataclasses
+
+    from modalmerge.merge.procedures.alignment import REFERENCE, align_checkpoint
+
+    report = align_checkpoint(model, output)
+    shown = {
+        "reference": REFERENCE,
+        "num_units": report.num_units,
+        "num_moved": report.num_moved,
+        "similarity_before": report.similarity_before,
+        "similarity_after": report.similarity_after,
+        "kept": dict(report.kept),
+        "modules": [dataclasses.asdict(module) for module in report.modules],
+        "output": str(output),
+    }
+    lines = [
+        f"{report.num_moved} of {report.num_units} units moved; mean similarity to {REFERENCE} "
+        f"{report.similarity_before:.3f} before, {report.similarity_after:.3f} after; in {output}"
+    ]
+    lines += [f"stayed: {count} modules ({reason})" for reason, count in report.kept.items()]
+    answer(as_json, shown, "\n".join(lines))
+
+
+@app.command(epilog="Example: modalmerge heal runs/merged --experts runs/experts/model -o runs/healed")
+def heal(
+    merged: Annotated[Path, typer.Argument(help="Folder of a merged model.")],
+    experts: Annotated[Path, typer.Option(help="Folder of the model that it was merged from.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.")],
+    data: Annotated[str, typer.Option(help="Name of the data.")] = "scenes",
+    config: Annotated[str, typer.Option(help="Preset that says which scenes, and how to heal.")] = "tiny",
+    changes: Changes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Distil the experts into what was merged from them, for a few steps; the same command goes on where it stopped."""
+    from modalmerge.data import DATASETS
+    from modalmerge.study.single import heal_run
+
+    find(DATASETS, data, "data set")
+    done = heal_run(_preset(config, changes), merged, experts, output, **_progress(output.name))
+    answer(as_json, done, _stage_text(done))
+
+
+def statistics_from_data(
+    content: dict[str, Any], source: Path, base: str, *, data: str, config: str, num_samples: int
+) -> "Statistics":
+    """Run the procedure that a method's statistics come from.
+
+    Args:
+        content: of the recipe; settings of the procedure alone are taken out of it.
+        source: folder of the model with experts.
+        base: folder or file of the seed, or "".
+        data: name of the data.
+        config: preset that says which scenes.
+        num_samples: pairs of the split `pretrain` that are drawn.
+
+    Raises:
+        ValueError: the method has no procedure, or something else than the whole model is to be merged, or as the
+            procedure.
+    """
+    quieten()
+    import torch
+
+    from modalmerge.checkpoint import open_checkpoint
+    from modalmerge.data import DATASETS
+    from modalmerge.merge.procedures import OWN_SETTINGS, PROCEDURES
+    from modalmerge.model import load
+    from modalmerge.study.jobs import split_data
+    from modalmerge.study.single import _check_data
+    from modalmerge.tasks import TASKS
+
+    method = content.get("method", "")
+    if method not in PROCEDURES:
+        raise ValueError(f"--data is for methods that run the model, {', '.join(PROCEDURES)}, not for {method!r}")
+    for key in ("overrides", "only", "layers", "keep_fraction"):
+        if content.get(key):
+            raise ValueError(f"{method} from data is for the whole model: leave out {key} ({content[key]!r})")
+    find(DATASETS, data, "data set")
+    preset = _preset(config, None)
+    model, tokenizer = load(source)
+    _check_data(model, len(tokenizer), preset, source)
+    pairs = split_data(preset, "pretrain")
+    if num_samples > len(pairs):
+        raise ValueError(f"--num-samples {num_samples}: the data have {len(pairs)} samples; choose fewer")
+    settings = content.get("settings", {})
+    content["settings"] = {key: value for key, value in settings.items() if key not in OWN_SETTINGS[method]}
+    task = TASKS["vqa" if settings.get("loss") == "entropy" else "retrieval"]  # whose texts are questions, or captions
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randperm(len(pairs), generator=generator)[:num_samples]
+    batches = [task.make_batch(pairs, part, generator) for part in drawn.split(_BATCH)]
+    seed = None
+    if base:
+        with open_checkpoint(base) as checkpoint:
+            seed = {name: checkpoint.tensor(name).float() for name in checkpoint.names}
+    return PROCEDURES[method](model.float(), batches, settings=settings, base=seed)
