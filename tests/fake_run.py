@@ -54,24 +54,91 @@ def make_cell(role, method, random_seed, value, **changes):
     return Cell(**(fields | changes))
 
 
+# the recipe's experts merged in other ways; each differs from interpolation by `value - 37` and by its `SPREAD`
+METHODS = {
+    "ties": (30.0, 50.0, 66.0),
+    "iso_c": (39.5, 53.5, 69.0),
+    "regmean": (40.0, 54.0, 69.5),
+    "dare": (36.5, 52.0, 68.0),
+    "learned": (37.5, 53.0, 69.5),
+}
+METHOD_SETTINGS = {
+    "ties": {"density": 0.2, "scale": 1.0},
+    "iso_c": {"scale": 0.5},
+    "regmean": {"off_diagonal": 0.9, "normalise": "tokens"},
+    "dare": {"density": 0.8, "scale": 0.5},
+    "learned": {},
+}
+# added to a method's values of a random seed beside `SHIFTS`, so that its differences have an interval
+SPREAD = {0: -0.5, 1: 0.0, 2: 0.5}
+# (role, repair) -> as in VALUES
+REPAIRED = {
+    ("naive", "aligned"): (6.0, 35.5, 60.0),
+    ("naive", "healed"): (25.0, 45.0, 65.0),
+    ("naive", "continued"): (20.0, 44.0, 65.5),
+    ("other", "healed"): (39.0, 54.0, 69.5),
+}
+# keep_fraction -> parameters, zero-shot recall of random seed 0
+KEPT = {0.25: (1_500_000, 38.0), 0.5: (1_780_000, 39.0), 1.0: (2_340_000, 41.0)}
+
+
+def model_cells(role, method, values, random_seeds, settings, **changes):
+    """All numbers of one model: three main ones, and the parts of both mean recalls."""
+    cells = []
+    for seed in random_seeds:
+        zero_shot, retrieval, accuracy = (value + SHIFTS[seed] for value in values)
+        for stage, mean in (("zero-shot", zero_shot), ("fine-tuned", retrieval)):
+            what = (stage, "retrieval")
+            cells.append(make_cell(role, method, seed, mean, what=(*what, "recall_mean"), settings=settings, **changes))
+            for way, offset in (("text", 1), ("image", -1)):
+                for depth, factor in ((1, 0.5), (5, 1.0), (10, 1.5)):
+                    metric = f"{way}_recall_{depth}"
+                    value = factor * mean + offset
+                    cells.append(
+                        make_cell(role, method, seed, value, what=(*what, metric), settings=settings, **changes)
+                    )
+        what = ("fine-tuned", "vqa", "accuracy")
+        cells.append(make_cell(role, method, seed, accuracy, what=what, settings=settings, **changes))
+    return cells
+
+
 def study_cells(random_seeds=(0, 1, 2)):
     cells = []
     for (role, method), values in VALUES.items():
         settings = {"interpolation": {"ratio": 0.5}, "arithmetic": {"scale": 0.75}}.get(method, {})
-        for seed in random_seeds:
-            zero_shot, retrieval, accuracy = (value + SHIFTS[seed] for value in values)
-            for stage, mean in (("zero-shot", zero_shot), ("fine-tuned", retrieval)):
-                what = (stage, "retrieval")
-                cells.append(make_cell(role, method, seed, mean, what=(*what, "recall_mean"), settings=settings))
-                for way, offset in (("text", 1), ("image", -1)):
-                    for depth, factor in ((1, 0.5), (5, 1.0), (10, 1.5)):
-                        metric = f"{way}_recall_{depth}"
-                        value = factor * mean + offset
-                        cells.append(make_cell(role, method, seed, value, what=(*what, metric), settings=settings))
-            cells.append(
-                make_cell(role, method, seed, accuracy, what=("fine-tuned", "vqa", "accuracy"), settings=settings)
-            )
+        cells += model_cells(role, method, values, random_seeds, settings)
     return cells
+
+
+def method_cells(random_seeds=(0, 1, 2)):
+    cells = []
+    for method, values in METHODS.items():
+        for seed in random_seeds:
+            spread = [value + SPREAD[seed] for value in values]
+            cells += model_cells("other", method, spread, [seed], METHOD_SETTINGS[method], initialisation="seed")
+    return cells
+
+
+def repair_cells(random_seeds=(0, 1, 2)):
+    cells = []
+    for (role, repair), values in REPAIRED.items():
+        cells += model_cells(role, "interpolation", values, random_seeds, {"repair": repair, "ratio": 0.5})
+    return cells
+
+
+def kept_cells(random_seeds=(0, 1, 2)):
+    cells = []
+    for fraction, (parameters, recall) in KEPT.items():
+        for seed in random_seeds:
+            settings = {"ratio": 0.5, "keep_fraction": fraction, "keep_by": "tssd"}
+            value, changes = recall + SHIFTS[seed], {"settings": settings, "parameters": parameters + 6000 * seed}
+            cells.append(make_cell("other", "interpolation", seed, value, **changes))
+            cells.append(make_cell("other", "interpolation", seed, value - 1, split="validation", **changes))
+    return cells
+
+
+def further_cells():
+    return [*method_cells(), *repair_cells(), *kept_cells()]
 
 
 def control_cells():

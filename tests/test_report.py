@@ -8,11 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_run import control_cells, make_cell, study_cells, validation_cells
+from fake_run import (
+    KEPT,
+    control_cells,
+    further_cells,
+    kept_cells,
+    make_cell,
+    method_cells,
+    repair_cells,
+    study_cells,
+    validation_cells,
+    write_run,
+)
 from rich.console import Console
 
-from modalmerge.report import markdown, summarise, table
+from modalmerge.report import markdown, summarise, table, write_report
 from modalmerge.report.summary import retrieval_chance, t_quantile
+from modalmerge.report.text import compared_rows, difference_note, tell_differences
 
 
 def row(summary, name):
@@ -208,6 +220,134 @@ def test_markdown_holds_numbers_and_gains():
     assert text.endswith("\n")
     hostile = markdown(summarise([make_cell("recipe", "a|b<script>", 0, 1.0)]))
     assert r"Recipe, a\|b&lt;script&gt;" in hostile
+
+
+# -- further methods, repairs, partly merged models ---------------------------------------------------------
+
+
+def whole_summary(**asked):
+    return summarise([*study_cells(), *control_cells(), *validation_cells(), *further_cells()], **asked)
+
+
+def test_further_methods_come_behind_the_main_rows_the_best_first():
+    names = [row.name for row in whole_summary().rows]
+    main = [row.name for row in summarise(study_cells()).rows]
+    others = ["Recipe, regmean", "Recipe, iso_c", "Recipe, learned", "Recipe, dare", "Recipe, ties"]
+    assert names == main + others
+    assert row(whole_summary(), "Recipe, ties").parameters == 1_230_000
+
+
+def test_what_was_added_leaves_the_main_rows_and_controls_as_they_are():
+    plain = summarise([*study_cells(), *control_cells(), *validation_cells()])
+    whole = whole_summary()
+    assert whole.rows[: len(plain.rows)] == plain.rows
+    assert whole.controls == plain.controls and whole.missing == plain.missing == ()
+    assert (plain.repairs, plain.kept) == ((), ())
+
+
+def test_repairs_are_rows_of_their_own():
+    summary = summarise([*study_cells(), *repair_cells()])
+    assert row(summary, "Naive merging").numbers["zero-shot retrieval"].values == (4.0, 5.0, 6.0)
+    assert [row.name for row in summary.repairs] == [
+        "Naive merging, experts aligned first",
+        "Naive merging, then healed",
+        "Naive merging, then pre-trained further",
+        "Recipe, interpolation, then healed",
+    ]
+    healed = {row.role: row for row in summary.repairs if row.repair == "healed"}
+    assert healed["naive"].gains["zero-shot retrieval"].mean == pytest.approx(21.0)
+    assert healed["other"].differences["zero-shot retrieval"].mean == pytest.approx(2.0)
+    assert healed["naive"].settings == {"ratio": [0.5]}
+
+
+def test_differences_to_interpolation_are_paired():
+    ties = row(whole_summary(), "Recipe, ties").differences["zero-shot retrieval"]
+    assert ties.values == pytest.approx((-7.5, -7.0, -6.5))
+    assert ties.half_width == pytest.approx(4.302653 * 0.5 / math.sqrt(3), rel=1e-6)
+    assert row(whole_summary(), "Recipe, interpolation").differences == {}
+
+
+def test_the_curve_starts_at_plain_interpolation():
+    cells = [*study_cells(), *kept_cells()]
+    kept = summarise(cells).kept
+    assert [point.keep_fraction for point in kept] == [0.0, *KEPT]
+    assert [point.number.mean for point in kept] == pytest.approx([38.0, 39.0, 40.0, 42.0])
+    assert [point.parameters for point in kept] == [1_230_000, 1_506_000, 1_786_000, 2_346_000]
+    assert all(cell.split == "test" for cell in cells if cell.id in kept[1].number.cells)
+
+
+def test_what_differs_and_what_cannot_be_told_is_said():
+    rows = compared_rows(whole_summary())
+    assert [row.method for row in rows] == ["regmean", "iso_c", "learned", "dare", "arithmetic", "ties"]
+    assert tell_differences(rows, "zero-shot retrieval") == [
+        "Better: regmean (+3.0 ± 1.2), iso_c (+2.5 ± 1.2).",
+        "No difference can be told: learned (+0.5 ± 1.2), dare (-0.5 ± 1.2).",
+        "Worse: arithmetic (-1.0 ± 0.0), ties (-7.0 ± 1.2).",
+    ]
+    assert "were all 6 equal to it, about one comparison in 20 would seem to differ" in difference_note(rows)
+    assert compared_rows(summarise(study_cells())) == ()
+
+
+def test_one_random_seed_tells_no_difference():
+    rows = compared_rows(summarise([*study_cells([1]), *method_cells([1])]))
+    assert len(rows) == 6
+    assert tell_differences(rows, "zero-shot retrieval") == []
+    assert "From one random seed no difference can be told" in difference_note(rows)
+
+
+def test_what_was_asked_for_and_not_measured_is_named():
+    cells = [cell for cell in [*study_cells(), *control_cells(), *further_cells()] if cell.random_seed < 2]
+    cells = [cell for cell in cells if cell.method != "dare" and cell.settings.get("repair") != "continued"]
+    asked = {"methods": ["dare", "ties"], "repairs": ["healed", "continued", "recipe-healed"], "keep_fractions": [0.1]}
+    missing = summarise(cells, random_seeds=[0, 1], **asked).missing
+    titles = [
+        "Zero-shot retrieval, mean recall %",
+        "Fine-tuned retrieval, mean recall %",
+        "Fine-tuned VQA, accuracy %",
+    ]
+    wanted = [f"Naive merging, then pre-trained further: {title}" for title in titles]
+    wanted += [f"Recipe, dare: {title}" for title in titles]
+    assert sorted(missing) == sorted([*wanted, "partly merged, 0.1 kept"])
+    missing = summarise(cells, random_seeds=[0, 1, 2], **asked).missing
+    assert "partly merged, 0.25 kept, random seed 2" in missing
+    assert f"Recipe, ties: {titles[0]}, random seed 2" in missing
+
+
+def test_table_with_further_rows_fits_in_100_columns():
+    console = Console(width=100, record=True, file=io.StringIO(), color_system=None)
+    console.print(table(whole_summary()))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100 and "…" not in text
+    for wanted in ("Recipe, regmean", "normalise tokens", "41.0 ± 3.7", "then healed"):
+        assert wanted in text
+
+
+def test_markdown_has_sections_for_what_was_added():
+    text = markdown(whole_summary())
+    differences = "+3.0 ± 1.2 | +1.0 ± 1.2 | +0.5 ± 1.2 | off\\_diagonal 0.9, normalise tokens |"
+    assert f"| Recipe, regmean | {differences}" in text
+    assert r"Zero-shot retrieval, mean recall %. Better: regmean (+3.0 ± 1.2), iso\_c (+2.5 ± 1.2)." in text
+    assert "| Naive merging, then healed | 1.23 M | 26.0 ± 2.5 (+21.0 ± 0.0) |" in text
+    assert "| 0.25 | 1.51 M | 39.0 ± 2.5 |" in text
+    headings = ("## Merge methods", "## Repairs", "## Keeping")
+    assert [line for line in text.splitlines() if line.startswith(headings)] == [
+        "## Merge methods on the same experts",
+        "## Repairs",
+        "## Keeping some experts apart",
+    ]
+    assert not any(heading in markdown(summarise(study_cells())) for heading in headings)
+
+
+def test_a_run_is_written_as_markdown(tmp_path):
+    cells = [*study_cells(), *control_cells(), make_cell("recipe", "ties", 0, 1.0, command="a `b` c", commit="ffff")]
+    run = write_run(tmp_path / "run", cells, jobs=False)
+    assert write_report(run, tmp_path / "study.md") == len(cells)
+    text = (tmp_path / "study.md").read_text()
+    assert text.startswith(
+        "# `modalmerge study tiny`, random seeds 0, 1, 2\n\nCommands: `modalmerge study tiny`, `` a `b` c ``"
+    )
+    assert "Commits: `0123abc`, `ffff`." in text
+    assert markdown(summarise(cells, random_seeds=[0, 1, 2])) in text
 
 
 def test_importing_the_report_loads_neither_torch_nor_plotly():

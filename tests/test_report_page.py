@@ -8,6 +8,7 @@ import pytest
 from fake_run import (
     SHIFTS,
     control_cells,
+    further_cells,
     make_cell,
     picture,
     study_cells,
@@ -138,6 +139,66 @@ def test_figures_are_valid_and_chained(tmp_path):
     assert recipe["y"] == pytest.approx([27.5, 35.0, 33.5])
     assert recipe["marker"]["line"]["width"] == [0, 2.5, 0], "the ratio that was used is ringed"
     assert set(ratio) == {"Recipe, interpolation", "Naive merging, interpolation"}
+
+
+FURTHER_HEADINGS = ("Merge methods on the same experts", "Keeping some experts apart", "Can naive merging be repaired?")
+
+
+def test_further_methods_have_sections(tmp_path):
+    from plotly.graph_objects import Figure
+
+    run = write_run(tmp_path / "run", [*study_cells(), *control_cells(), *validation_cells(), *further_cells()])
+    text = page(read_run(run))
+    reader = Reader(text)
+    for wanted in (
+        *FURTHER_HEADINGS,
+        "Better: regmean (+3.0 ± 1.2), iso_c (+2.5 ± 1.2). No difference can be told: learned",
+        "Recipe, interpolation, then healed",
+        "repair +21.0 ± 0.0",
+        "1.79 M",
+        "normalise tokens, off_diagonal 0.9",
+    ):
+        assert wanted in reader.text, wanted
+    figures = figures_of(text)
+    assert len(figures) == 2 + len(figures_of(page(read_run(whole_run(tmp_path / "plain")))))
+    for figure in figures.values():
+        Figure(json.loads(re.sub(r'"--[a-z0-9-]+"', '"#123456"', json.dumps(figure))))
+    bars, dots, kept = (figures[f"chart-{number}"]["data"] for number in range(3))
+    assert len(bars[0]["x"]) == 5, "further methods have a chart of their own"
+    assert dots[0]["y"] == ["regmean", "iso_c", "learned", "dare", "arithmetic", "ties"]
+    assert dots[0]["x"] == pytest.approx([3.0, 2.5, 0.5, -0.5, -1.0, -7.0])
+    band, curve, baseline = kept
+    assert curve["x"] == pytest.approx([1.23, 1.506, 1.786, 2.346])
+    assert curve["y"] == pytest.approx([38.0, 39.0, 40.0, 42.0])
+    half = 4.302653 / math.sqrt(3)
+    assert band["y"] == pytest.approx([y + half for y in curve["y"]] + [y - half for y in reversed(curve["y"])])
+    assert baseline["y"] == [41.0, 41.0]
+
+
+def test_without_further_methods_the_page_has_no_such_sections(tmp_path):
+    text = page(read_run(whole_run(tmp_path / "run")))
+    assert not any(heading in text for heading in FURTHER_HEADINGS)
+    assert "repair" not in Reader(text).text
+
+
+def test_curves_of_further_methods_and_repairs_are_read_but_not_drawn(tmp_path):
+    run = whole_run(tmp_path / "run")
+    before = figures_of(page(read_run(run)))
+    write_curve(run, "recipe-ties", "vqa", 0, 5)
+    write_curve(run, "naive-healed", "healing", 0, 5)
+    write_curve(run, "naive-continued", "continued", 0, 5)
+    content = read_run(run)
+    assert {"healing", "continued"} <= {curve.stage for curve in content.curves}
+    assert figures_of(page(content)) == before
+
+
+def test_an_unfinished_method_is_named(tmp_path):
+    run = write_run(tmp_path / "run", study_cells(), jobs=False)
+    asked = {"methods": ["ties", 3], "repairs": "all", "keep_fractions": [0.5]}
+    write_json(run / "preset.json", {"name": "tiny", "random_seeds": [0, 1, 2], **asked})
+    text = Reader(page(read_run(run))).text
+    assert "Recipe, ties: Fine-tuned VQA, accuracy %" in text and "partly merged, 0.5 kept" in text
+    assert "Unfinished: 8 of the expected numbers" in text
 
 
 def test_experts_follow_their_seed():

@@ -15,7 +15,6 @@ from pathlib import Path
 import micro
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -23,12 +22,11 @@ from rich.console import Console
 from modalmerge.evaluate import evaluate, hide
 from modalmerge.model import load
 from modalmerge.records import Cell
-from modalmerge.study import PRESETS, apply_changes, load_preset, read_preset, run_study, to_dict
+from modalmerge.study import apply_changes, load_preset, run_study, to_dict
 from modalmerge.study import driver as driver_module
 from modalmerge.study import jobs as jobs_module
 from modalmerge.study.jobs import Context, run_job, split_data
-from modalmerge.study.plan import HIDDEN, ROWS, plan
-from modalmerge.study.presets import from_dict
+from modalmerge.study.plan import HIDDEN, REPAIRED, ROWS, describe, plan
 
 torch.set_num_threads(1)
 
@@ -71,6 +69,46 @@ def test_the_recipe_has_the_steps_of_the_baseline():
     assert steps["0-seed"] == preset.seed_steps == round(preset.seed_fraction * preset.pretraining.num_steps)
 
 
+FURTHER = {"methods": "all", "repairs": "all", "keep_fractions": "[0.25, 1.0]", "random_seeds": "[0, 3]"}
+
+
+def test_further_methods_repairs_and_fractions_are_jobs_of_their_own():
+    plain, preset = load_preset("tiny"), apply_changes(load_preset("tiny"), FURTHER)
+    jobs = {job.id: job for job in plan(preset)}
+    assert len(jobs) == len(plan(preset))
+    assert all(jobs[job.id] == job for job in plan(plain)), "what every study has stays as it is"
+    known = set()
+    for job in jobs.values():
+        assert set(job.needs) <= known and job.kind in jobs_module.KINDS and job.weight > 0
+        known.add(job.id)
+    further = {f"recipe-{method}" for method in preset.methods} | set(REPAIRED)
+    for name in further:
+        assert {f"3-{name}", f"3-{name}-retrieval", f"3-{name}-vqa"} <= known
+    assert {"0-recipe-kept-0.25", "3-recipe-kept-1.0"} <= known
+    assert not any("kept" in name and name.endswith("vqa") for name in known), "points of the curve are not fine-tuned"
+    every = {job.arguments.get("model", "statistics") for job in jobs.values() if job.kind != "data"}
+    assert every == {*ROWS, "seed", "experts", "statistics", "recipe-kept-0.25", "recipe-kept-1.0"} | further
+    assert jobs["0-recipe-dare"].needs == ("data", "0-experts", "0-seed")
+    assert jobs["0-recipe-regmean"].needs == ("data", "0-experts", "0-statistics")
+    assert jobs["0-recipe-regmean_plus"].needs == ("data", "0-experts")
+    assert jobs["0-naive-healed"].needs == ("data", "0-naive-interpolation", "0-specific")
+    assert jobs["0-recipe-healed"].needs == ("data", "0-recipe-interpolation", "0-experts")
+
+
+@pytest.mark.parametrize(("methods", "wanted"), [("ties,learned,regmean_plus", False), ("fisher", True)])
+def test_statistics_are_collected_where_a_method_takes_them(methods, wanted):
+    preset = apply_changes(load_preset("tiny"), {"methods": methods})
+    assert ("0-statistics" in {job.id for job in plan(preset)}) == wanted
+
+
+def test_every_model_is_described():
+    assert describe("agnostic").role == "agnostic"
+    assert (describe("recipe-iso_c").role, describe("recipe-iso_c").method) == ("other", "iso_c")
+    assert describe("recipe-kept-0.25").method == "interpolation"
+    assert (describe("naive-healed").role, describe("naive-healed").repair) == ("naive", "healed")
+    assert describe("recipe-healed").role == "other", "no row of the recipe itself"
+
+
 def test_the_chains_are_as_long_as_their_jobs():
     jobs = plan(load_preset("tiny"))
     cost = driver_module._cost_to_end(jobs)
@@ -78,116 +116,6 @@ def test_the_chains_are_as_long_as_their_jobs():
     chain = ["0-seed", "0-experts", "0-recipe-arithmetic", "0-recipe-arithmetic-vqa"]
     assert cost["0-seed"] == pytest.approx(sum(weight[job] for job in chain))
     assert cost["data"] == max(cost.values())
-
-
-# -- presets ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_comes_back_from_its_values(name, tmp_path):
-    preset = load_preset(name)
-    assert preset.name == name and f"modalmerge study {name}" in PRESETS[name].__doc__
-    assert from_dict(to_dict(preset)) == preset
-    path = tmp_path / "preset.yaml"
-    path.write_text(yaml.safe_dump(to_dict(preset)))
-    assert read_preset(path) == preset
-    path.write_text(json.dumps({"preset": to_dict(preset), "jobs": [], "output": "runs/x"}))  # of --dry-run
-    assert read_preset(path) == preset
-
-
-def test_changes_are_read_by_the_type_of_their_field():
-    changed = apply_changes(
-        load_preset("tiny"),
-        {
-            "pretraining.num_steps": "100",
-            "finetuning.vqa.learning_rate": "1",
-            "random_seeds": "[3, 4]",
-            "ratios": "0.5",
-            "name": "mine",
-            "model.hidden_size": "48",
-            "model.drop_path": "0",
-            "num_scenes.test": "7",
-            "pretraining.betas": "[0.8, 0.9]",
-        },
-    )
-    assert (changed.pretraining.num_steps, changed.pretraining.betas) == (100, (0.8, 0.9))
-    rate = changed.finetuning["vqa"].learning_rate
-    assert rate == 1.0 and isinstance(rate, float)
-    assert (changed.random_seeds, changed.ratios, changed.name) == ((3, 4), (0.5,), "mine")
-    assert changed.model == {"hidden_size": 48, "drop_path": 0}
-    assert changed.num_scenes == {**load_preset("tiny").num_scenes, "test": 7}
-    untouched = load_preset("tiny")
-    assert untouched.finetuning["retrieval"] == changed.finetuning["retrieval"]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ("pretrainin.num_steps=1", "unknown setting 'pretrainin.num_steps'; nearest: 'pretraining'"),
-        ("pretraining.num_step=1", "nearest: 'pretraining.num_steps'"),
-        ("finetuning.vqaa.num_steps=1", "unknown setting .*; nearest: 'finetuning.vqa'"),
-        ("num_scenes.tests=1", "nearest: 'num_scenes.test'"),
-        ("pretraining.num_steps=many", r"'many' is no int; it is \d+ now"),
-        ("pretraining.num_steps=1.5", "'1.5' is no int"),
-        ("pretraining.num_steps=true", "'true' is no int"),
-        ("pretraining.learning_rate=true", "'true' is no float"),
-        ("pretraining.num_steps.more=1", "'num_steps' holds a value, it has no fields"),
-        ("pretraining=1", "'1' is no TrainSettings"),
-        ("random_seeds=[0,0]", "random_seeds must be distinct"),
-        ("random_seeds=[]", "at least one"),
-        ("random_seeds=[-1]", r"random_seeds must be in \[0, 2\*\*32\), got \[-1\]"),
-        ("random_seeds=[0.5]", "is no tuple"),
-        ("size=nanno", "unknown model size 'nanno'; nearest: 'nano'"),
-        ("architecture=specifik", "unknown architecture 'specifik'; nearest: 'specific'"),
-        ("num_scenes.test=0", r"num_scenes.test must be in \[1, 1000\], got 0"),
-        ("num_scenes.test=1001", "num_scenes.test must be in"),
-        ("seed_fraction=1.0", r"seed_fraction must be in \(0, 1\)"),
-        ("seed_fraction=0.0001", "leaves 0 for the seed"),
-        ("pretraining.num_steps=1", "leaves 0 for the seed"),
-        ("ratios=[]", "ratios and scales must name at least one value each"),
-        ("experts_rate_factor=0", "experts_rate_factor must be positive, got 0.0"),
-        ("model.hiden_size=32", "unknown setting of the model 'hiden_size'; nearest: 'hidden_size'"),
-        ("model.hidden_size=wide", "model.hidden_size must be int, got 'wide'"),
-        ("model.image_size=32", "unknown setting of the model 'image_size'"),
-        ("pretraining.batch_size=1", "batch_size must be at least 2, got 1"),
-    ],
-)
-def test_a_wrong_change_is_told(change, message):
-    key, _, value = change.partition("=")
-    with pytest.raises(ValueError, match=message):
-        apply_changes(load_preset("tiny"), {key: value})
-
-
-@pytest.mark.parametrize(
-    "edit, message",
-    [
-        (lambda values: values.pop("size"), "preset lacks size"),
-        (lambda values: values.update(sizes="nano"), "unknown key of preset 'sizes'; nearest: 'size'"),
-        (lambda values: values.update(num_scenes=5), "preset.num_scenes must hold fields, got 5"),
-        (lambda values: values.update(ratios=0.5), "preset.ratios must be a list, got 0.5"),
-        (lambda values: values["pretraining"].update(num_steps="4"), "preset.pretraining.num_steps must be int"),
-        (lambda values: values["num_scenes"].pop("test"), "num_scenes lacks the split test"),
-        (lambda values: values["finetuning"].update(vqaa=values["finetuning"]["vqa"]), "nearest: 'vqa'"),
-    ],
-)
-def test_a_wrong_file_is_told(edit, message, tmp_path):
-    values = to_dict(load_preset("tiny"))
-    edit(values)
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(values))
-    with pytest.raises(ValueError, match=message):
-        read_preset(path)
-
-
-def test_a_file_that_is_no_preset_is_told(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; presets by name: tiny"):
-        read_preset(tmp_path / "none.yaml")
-    for text, message in (("a: [", "is no YAML"), ("[1, 2]", "must hold fields"), ("", "must hold fields")):
-        (tmp_path / "mine.yaml").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_preset(tmp_path / "mine.yaml")
-    with pytest.raises(ValueError, match="unknown preset 'tinny'; nearest: 'tiny'"):
-        load_preset("tinny")
 
 
 def test_sizes_that_do_not_fit_each_other_are_refused_before_anything_is_made(tmp_path):
@@ -346,6 +274,41 @@ def test_further_repetitions_are_added(jobs, tmp_path):
     assert outcome.cells[: len(ALL)] == first.cells and len(outcome.cells) == 2 * len(ALL) - 1
     with pytest.raises(ValueError, match=r"random_seeds: there \[0, 1\], now \[0\]"):
         drive(tmp_path)
+
+
+def test_further_methods_are_added(jobs, tmp_path):
+    first = drive(tmp_path)
+    jobs.began.clear()
+    more = {"methods": "ties", "repairs": "healed", "keep_fractions": "[0.5]"}
+    outcome = run_study(micro.preset(**more), tmp_path, command="modalmerge study", workers=2)
+    models = ("recipe-ties", "naive-healed")
+    wanted = {f"0-{name}{rest}" for name in models for rest in ("", "-vqa", "-retrieval")} | {"0-recipe-kept-0.5"}
+    assert {name for name, _ in jobs.began} == wanted
+    assert {cell.id for cell in outcome.cells} == {cell.id for cell in first.cells} | wanted
+    jobs.began.clear()
+    more |= {"methods": "ties,dare", "keep_fractions": "[0.5, 0.75]", "random_seeds": "[0, 1]"}
+    run_study(micro.preset(**more), tmp_path, command="modalmerge study", workers=2)
+    assert {name for name, _ in jobs.began if name[0] == "0"} == {
+        "0-recipe-dare", "0-recipe-dare-vqa", "0-recipe-dare-retrieval", "0-recipe-kept-0.75"
+    }  # fmt: skip
+    assert {"1-recipe-ties-vqa", "1-naive-healed", "1-recipe-kept-0.5"} <= {name for name, _ in jobs.began}
+    with pytest.raises(ValueError, match=r"methods: there \['ties', 'dare'\], now \[\]"):
+        run_study(micro.preset(random_seeds="[0, 1]"), tmp_path, command="")
+    with pytest.raises(ValueError, match=r"healing.num_steps: there 60, now 61\)"):
+        run_study(micro.preset(**more, healing__num_steps="61"), tmp_path, command="")
+
+
+def test_a_study_of_before_there_were_further_methods_is_gone_on_with(jobs, tmp_path):
+    first, path = drive(tmp_path), tmp_path / "preset.json"
+    there = json.loads(path.read_text())
+    later = ("methods", "repairs", "keep_fractions", "healing", "continued_steps", "statistics_samples")
+    path.write_text(json.dumps({key: value for key, value in there.items() if key not in later}))
+    jobs.began.clear()
+    assert drive(tmp_path).cells == first.cells and not jobs.began
+    path.write_text(json.dumps({key: value for key, value in there.items() if key not in later}))
+    more = micro.preset(methods="ties", healing__num_steps="7")
+    assert len(run_study(more, tmp_path, command="").cells) == len(ALL) + 3
+    assert json.loads(path.read_text()) == to_dict(more)
 
 
 def test_a_folder_of_something_else_is_refused(jobs, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from modalmerge.records import Cell
 from modalmerge.report.run import Curve
-from modalmerge.report.summary import COLUMNS, Row, Summary, average
+from modalmerge.report.summary import COLUMNS, MAIN_ROWS, ZERO_SHOT, KeptPoint, Number, Row, Summary, average
 
 Figure = dict[str, Any]
 
@@ -34,6 +34,8 @@ LOOKS = {
     "scratch": ("--other", "circle-open", "dot"),
 }
 OTHER_LOOK = ("--other", "circle-open", "longdash")
+_INTERVAL = {"color": "--ink", "thickness": 1.5}
+_PLAIN_MERGES = {f"{role}-{method}" for role, method in MAIN_ROWS if method}
 WHO = {
     "agnostic": "Baseline",
     "specific": "Modality-specific",
@@ -46,8 +48,8 @@ WHO = {
 
 def recall_bars(summary: Summary) -> Figure | None:
     """Draw zero-shot recall: bars with intervals, one dot per random seed, a line at chance."""
-    column = "zero-shot retrieval"
-    rows = [row for row in summary.rows if column in row.numbers]
+    column = ZERO_SHOT
+    rows = [row for row in summary.rows if column in row.numbers and row.role != "other"]
     if not rows:
         return None
     names = [_break(row.name) for row in rows]
@@ -62,8 +64,7 @@ def recall_bars(summary: Summary) -> Figure | None:
         "error_x": {
             "type": "data",
             "array": [number.half_width or 0 for number in numbers],
-            "color": "--ink",
-            "thickness": 1.5,
+            **_INTERVAL,
         },
         "hovertemplate": "%{y}: %{x:.1f} %<extra>mean</extra>",
     }
@@ -98,12 +99,89 @@ def recall_bars(summary: Summary) -> Figure | None:
     return figure
 
 
+def difference_dots(rows: Sequence[Row], column: str) -> Figure:
+    """Draw the differences of a column to the recipe's interpolation: means with intervals, a line at none.
+
+    Args:
+        rows: with a difference in this column, from the top down.
+        column: key of a column.
+    """
+    names = [_text(row.method) for row in rows]
+    numbers = [row.differences[column] for row in rows]
+    means = {
+        "type": "scatter",
+        "mode": "markers",
+        "y": names,
+        "x": [number.mean for number in numbers],
+        "error_x": {"type": "data", "array": [number.half_width or 0 for number in numbers], **_INTERVAL},
+        "marker": {"color": [_row_look(row)[0] for row in rows], "size": 11, "line": {"color": "--ink", "width": 1.5}},
+        "hovertemplate": "%{y}: %{x:+.1f}<extra>mean</extra>",
+    }
+    figure = _figure([means], x_title="difference to interpolation, points", height=90 + 26 * len(rows))
+    none = {"x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper"}
+    line = {"color": "--muted", "width": 1.5, "dash": "dash"}
+    figure["layout"] |= {"showlegend": False, "shapes": [{"type": "line", "layer": "below", "line": line, **none}]}
+    figure["layout"]["yaxis"] |= {"autorange": "reversed"}
+    return figure
+
+
+def kept_curve(points: Sequence[KeptPoint], baseline: Number | None) -> Figure:
+    """Draw recall against the parameters of partly merged models, with a band of 95 % intervals.
+
+    Args:
+        points: ascending.
+        baseline: drawn as a line, if there is one.
+    """
+    parameters = [point.parameters / 1e6 for point in points]
+    numbers = [point.number for point in points]
+    lower = [number.mean - (number.half_width or 0) for number in numbers]
+    upper = [number.mean + (number.half_width or 0) for number in numbers]
+    band: Figure = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [*parameters, *reversed(parameters)],
+        "y": [*upper, *reversed(lower)],
+        "fill": "toself",
+        "fillcolor": "--recipe",
+        "opacity": 0.2,
+        "line": {"width": 0, "color": "--recipe"},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+    curve: Figure = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": "Recipe, partly merged",
+        "x": parameters,
+        "y": [number.mean for number in numbers],
+        "text": [f"{point.keep_fraction:g} kept" for point in points],
+        "line": {"color": "--recipe", "width": 2},
+        "marker": {"color": "--recipe", "symbol": "circle", "size": 9},
+        "hovertemplate": "%{text}: %{y:.1f} % with %{x:.3f} M parameters<extra></extra>",
+    }
+    traces = [band, curve]
+    if baseline is not None:
+        colour, _, _ = look("agnostic")
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "Baseline",
+                "x": [parameters[0], parameters[-1]],
+                "y": [baseline.mean, baseline.mean],
+                "line": {"color": colour, "width": 2, "dash": "dash"},
+                "hovertemplate": "Baseline: %{y:.1f} %<extra></extra>",
+            }
+        )
+    return _figure(traces, x_title="parameters, millions", y_title="mean recall, percent", height=380)
+
+
 def coefficient_curves(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
     """Draw what the merge coefficient was chosen by: validation value against it, one chart per coefficient.
 
     Args:
-        cells: all of the study; those of split "validation" with a `ratio` or `scale` are drawn, and the
-            values that the test cells use are ringed.
+        cells: all of the study; those of naive merging and the recipe of split "validation" with a `ratio` or `scale`
+            are drawn, and the values that the test cells use are ringed. Other methods choose several settings at once.
 
     Returns:
         Title and figure of every chart.
@@ -112,6 +190,8 @@ def coefficient_curves(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
     groups: dict[tuple[str, str], dict[tuple[str, str], dict[float, list[Cell]]]] = {}
     used = set()
     for cell in cells:
+        if cell.role == "other" or "repair" in cell.settings:
+            continue
         for name in ("ratio", "scale"):
             value = cell.settings.get(name)
             if not isinstance(value, (int, float)) or (cell.stage, cell.task, cell.metric) not in metrics:
@@ -147,8 +227,9 @@ def pretraining_curves(curves: Sequence[Curve]) -> list[tuple[str, Figure]]:
 
 
 def finetuning_curves(curves: Sequence[Curve]) -> list[tuple[str, Figure]]:
-    """Draw the losses of fine-tuning, one chart per task."""
+    """Draw the losses of fine-tuning, one chart per task; of further merges and repairs there would be too many."""
     charts = []
+    curves = [x for x in curves if x.model in _PLAIN_MERGES or not x.model.startswith(("recipe-", "naive-"))]
     for stage, title in (("retrieval", "Retrieval, loss"), ("vqa", "VQA, loss")):
         chosen = [curve for curve in curves if curve.stage == stage]
         charts += [(title, figure) for _, figure in _loss_charts(chosen, {}, losses=("loss",))]

@@ -1,7 +1,6 @@
 """Write a run as one HTML page that needs nothing else: no network, no other file."""
 
 import dataclasses
-import html
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -10,13 +9,14 @@ from typing import Any
 
 from modalmerge.records import Cell
 from modalmerge.report import charts
+from modalmerge.report.mechanisms import kept_curve, mechanisms, repairs
+from modalmerge.report.parts import Parts, escape, html_table, parameter_count, row_head, scroll, traced_or_dash
 from modalmerge.report.run import Predictions, Run, read_run
 from modalmerge.report.style import SCRIPT, STYLE
 from modalmerge.report.summary import (
     COLUMNS,
     EXTRA_COLUMNS,
     RECALL_DEPTHS,
-    Number,
     Row,
     Summary,
     summarise,
@@ -25,11 +25,10 @@ from modalmerge.report.summary import (
 from modalmerge.report.text import (
     NOTE_GAIN,
     NOTE_POSITION,
-    format_count,
     format_number,
     format_position,
-    format_settings,
     interval_note,
+    markdown_page,
 )
 
 SAMPLES_SHOWN = 6  # per task; further ones are folded away
@@ -53,37 +52,12 @@ broke. Look first at whether the recipe comes near the baseline where naive merg
 """
 
 
-class _Parts:
-    """What sections share: the place of every cell in the table of cells, and the figures by id."""
-
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        self.index = {cell.id: position for position, cell in enumerate(cells)}
-        self.figures: dict[str, charts.Figure] = {}
-
-    def traced(self, number: Number, text: str) -> str:
-        """Link a number to the cells that it was made from."""
-        positions = " ".join(str(self.index[name]) for name in number.cells)
-        seeds = ", ".join(
-            f"random seed {seed}: {value:.1f}" for seed, value in zip(number.random_seeds, number.values, strict=True)
-        )
-        return f'<a class="trace" href="#cells" data-cells="{positions}" title="{seeds}">{text}</a>'
-
-    def chart(self, title: str, figure: charts.Figure, *, caption: str = "") -> str:
-        """Make room for a figure."""
-        place = f"chart-{len(self.figures)}"
-        self.figures[place] = figure
-        heading = f"<h3>{escape(title)}</h3>" if title else ""
-        below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        style = f"height:{figure['layout']['height']}px"  # so that the page does not jump when it is drawn
-        return f'<figure>{heading}<div class="chart" id="{place}" style="{style}"></div>{below}</figure>'
-
-
 def write_report(run: Path, output: Path) -> int:
-    """Write the page of a study run.
+    """Write the page of a study run, or its tables as Markdown.
 
     Args:
         run: folder that `modalmerge study` wrote; unfinished ones give a page that says what is missing.
-        output: HTML file, replaced in one step once the page is whole.
+        output: HTML file, or Markdown where its name ends in .md; replaced in one step once the text is whole.
 
     Returns:
         How many cells the page is made from.
@@ -94,7 +68,7 @@ def write_report(run: Path, output: Path) -> int:
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"{output} cannot be written: give a file in a folder that exists, such as report.html")
     content = read_run(run)
-    text = page(content)
+    text = markdown_page(content) if output.suffix == ".md" else page(content)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -112,8 +86,8 @@ def page(run: Run) -> str:
     from plotly.offline import get_plotlyjs  # here: the table of the terminal does without plotly
 
     cells = unique(run.cells)
-    summary = summarise(cells, random_seeds=run.random_seeds)
-    parts = _Parts(cells)
+    summary = summarise(cells, **run.asked)
+    parts = Parts(cells)
     title = f"Merging modality experts: study {run.preset['name']}"
     sections = [
         f"<header><h1>{escape(title)}</h1>{_subtitle(summary, cells)}</header>",
@@ -121,6 +95,9 @@ def page(run: Run) -> str:
         _missing(summary),
         _headline(summary, parts),
         _recall_bars(summary, parts),
+        mechanisms(summary, parts),
+        kept_curve(summary, parts),
+        repairs(summary, parts),
         _controls(summary, parts),
         _recalls(summary, parts),
         _distances(summary, parts),
@@ -150,11 +127,6 @@ def page(run: Run) -> str:
 """
 
 
-def escape(text: object) -> str:
-    """Escape text for HTML, in content and in attributes."""
-    return html.escape(str(text), quote=True)
-
-
 def _script_json(content: Any) -> str:
     """Write JSON that cannot end the script element around it."""
     text = json.dumps(content, allow_nan=False)
@@ -180,21 +152,21 @@ def _missing(summary: Summary) -> str:
     )
 
 
-def _headline(summary: Summary, parts: _Parts) -> str:
+def _headline(summary: Summary, parts: Parts) -> str:
     head = ["Model", *(title for title in summary.columns.values())]
     lines = [
-        [_row_head(row), _count(row), *(_headline_cell(row, column, parts) for column in summary.columns)]
+        [row_head(row), parameter_count(row), *(_headline_cell(row, column, parts) for column in summary.columns)]
         for row in summary.rows
     ]
-    table = _table([head[0], "Parameters", *head[1:]], lines)
+    shown = html_table([head[0], "Parameters", *head[1:]], lines)
     notes = f"{interval_note(summary)} {NOTE_GAIN} {NOTE_POSITION}"
     if any(row.positions for row in summary.rows):
         notes += " In brackets its range over random seeds."
     notes += " Every number links to its cells below."
-    return f'<section><h2>The result</h2>{table}<p class="note">{escape(notes)}</p></section>'
+    return f'<section><h2>The result</h2>{shown}<p class="note">{escape(notes)}</p></section>'
 
 
-def _headline_cell(row: Row, column: str, parts: _Parts) -> str:
+def _headline_cell(row: Row, column: str, parts: Parts) -> str:
     if column not in row.numbers:
         return '<span class="small">not measured</span>'
     lines = [parts.traced(row.numbers[column], format_number(row.numbers[column]))]
@@ -207,7 +179,7 @@ def _headline_cell(row: Row, column: str, parts: _Parts) -> str:
     return "".join(lines)
 
 
-def _recall_bars(summary: Summary, parts: _Parts) -> str:
+def _recall_bars(summary: Summary, parts: Parts) -> str:
     figure = charts.recall_bars(summary)
     if figure is None:
         return ""
@@ -240,7 +212,7 @@ def _lower(name: str) -> str:
     return name[0].lower() + name[1:]
 
 
-def _controls(summary: Summary, parts: _Parts) -> str:
+def _controls(summary: Summary, parts: Parts) -> str:
     if not summary.controls:
         return ""
     titles = {column: title for column, (title, *_) in (COLUMNS | EXTRA_COLUMNS).items()}
@@ -255,18 +227,22 @@ def _controls(summary: Summary, parts: _Parts) -> str:
             if column in row.chance:
                 text += f'<span class="small">chance {row.chance[column]:.1f}</span>'
             numbers.append(text)
-        lines.append([_row_head(row), _count(row), *numbers])
+        lines.append([row_head(row), parameter_count(row), *numbers])
     return (
         "<section><h2>Controls</h2><p>What the numbers above are to be held against: a model that never "
         "trained, one that was fine-tuned without pre-training, and models that see one modality alone.</p>"
-        f"{_table(['Control', 'Parameters', *(titles[column] for column in columns)], lines)}</section>"
+        f"{html_table(['Control', 'Parameters', *(titles[column] for column in columns)], lines)}</section>"
     )
 
 
-def _recalls(summary: Summary, parts: _Parts) -> str:
+def _all_rows(summary: Summary) -> tuple[Row, ...]:
+    return (*summary.rows, *summary.repairs, *summary.controls)
+
+
+def _recalls(summary: Summary, parts: Parts) -> str:
     tables = []
     for stage in ("zero-shot", "fine-tuned"):
-        rows = [row for row in (*summary.rows, *summary.controls) if stage in row.recalls]
+        rows = [row for row in _all_rows(summary) if stage in row.recalls]
         if not rows:
             continue
         titles = [f"{way} at {depth}" for way in ("Text", "Image") for depth in RECALL_DEPTHS]
@@ -275,8 +251,8 @@ def _recalls(summary: Summary, parts: _Parts) -> str:
             numbers = [
                 row.recalls[stage].get(f"{way}_recall_{depth}") for way in ("text", "image") for depth in RECALL_DEPTHS
             ]
-            lines.append([_row_head(row), *(_traced_or_dash(number, parts) for number in numbers)])
-        tables.append(f"<h3>{stage.capitalize()}</h3>{_table(['Model', *titles], lines)}")
+            lines.append([row_head(row), *(traced_or_dash(number, parts) for number in numbers)])
+        tables.append(f"<h3>{stage.capitalize()}</h3>{html_table(['Model', *titles], lines)}")
     if not tables:
         return ""
     return (
@@ -286,12 +262,8 @@ def _recalls(summary: Summary, parts: _Parts) -> str:
     )
 
 
-def _traced_or_dash(number: Number | None, parts: _Parts) -> str:
-    return "–" if number is None else parts.traced(number, format_number(number))
-
-
-def _distances(summary: Summary, parts: _Parts) -> str:
-    rows = [row for row in (*summary.rows, *summary.controls) if row.distances]
+def _distances(summary: Summary, parts: Parts) -> str:
+    rows = [row for row in _all_rows(summary) if row.distances]
     if not rows:
         return ""
     metrics = sorted({metric for row in rows for metric in row.distances})
@@ -305,14 +277,14 @@ def _distances(summary: Summary, parts: _Parts) -> str:
                 continue
             spread = "" if number.half_width is None else f" ± {number.half_width:.2g}"
             texts.append(parts.traced(number, f"{number.mean:.3g}{spread}"))
-        lines.append([_row_head(row), *texts])
+        lines.append([row_head(row), *texts])
     return (
         "<section><h2>How far apart the experts are</h2><p>Distances between the experts that a model has, "
-        f"or that it was merged from.</p>{_table(['Model', *metrics], lines)}</section>"
+        f"or that it was merged from.</p>{html_table(['Model', *metrics], lines)}</section>"
     )
 
 
-def _coefficients(cells: Sequence[Cell], parts: _Parts) -> str:
+def _coefficients(cells: Sequence[Cell], parts: Parts) -> str:
     drawn = charts.coefficient_curves(cells)
     if not drawn:
         return ""
@@ -323,7 +295,7 @@ def _coefficients(cells: Sequence[Cell], parts: _Parts) -> str:
     )
 
 
-def _losses(run: Run, parts: _Parts) -> str:
+def _losses(run: Run, parts: Parts) -> str:
     sections = []
     for title, text, drawn in (
         (
@@ -449,38 +421,4 @@ def _cell_table(cells: Sequence[Cell]) -> str:
             texts.append(f"<td{kind}><code>{text}</code></td>" if kind else f"<td>{text}</td>")
         lines.append(f"<tr>{''.join(texts)}</tr>")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return _scroll(head, "".join(lines))
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Lay ready HTML out in rows; the first column names the row."""
-    first, *others = head
-    titles = [f'<th scope="col">{escape(first)}</th>']
-    titles += [f'<th scope="col" class="number">{_unbroken(text)}</th>' for text in others]
-    body = []
-    for name, *numbers in lines:
-        cells = "".join(f'<td class="number">{text}</td>' for text in numbers)
-        body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    return _scroll("".join(titles), "".join(body))
-
-
-def _unbroken(title: str) -> str:
-    """Escape a title and keep its percent sign on the line of the word before it."""
-    return escape(title).replace(" %", "&nbsp;%")
-
-
-def _scroll(head: str, body: str) -> str:
-    """Let a wide table scroll by itself on a narrow screen."""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _row_head(row: Row) -> str:
-    colour = charts.look(row.role, row.method)[0]
-    swatch = "" if row.control else f'<span class="swatch" style="background: var({colour})"></span>'
-    settings = format_settings(row)
-    below = f'<span class="small">{escape(settings)}</span>' if settings else ""
-    return f"{swatch}{escape(row.name)}{below}"
-
-
-def _count(row: Row) -> str:
-    return format_count(row.parameters)
+    return scroll(head, "".join(lines))

@@ -10,7 +10,7 @@ from typing import Any
 from modalmerge.records import Cell, read_lines
 
 IMAGE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
-STAGES = ("pretraining", "retrieval", "vqa")
+STAGES = ("pretraining", "retrieval", "vqa", "healing", "continued")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,20 @@ class Run:
     predictions: list[Predictions]
 
     @property
-    def random_seeds(self) -> list[int]:
-        """The random seeds that the preset asks for, as far as it lists them."""
-        seeds = self.preset.get("random_seeds", [])
-        return [seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else []
+    def asked(self) -> dict[str, list[Any]]:
+        """What the preset asks for, as far as it lists it: the keyword arguments of `summarise`."""
+        kinds: dict[str, tuple[type, ...]] = {
+            "random_seeds": (int,),
+            "methods": (str,),
+            "repairs": (str,),
+            "keep_fractions": (int, float),
+        }
+        listed = {name: self.preset.get(name) for name in kinds}
+        return {
+            name: [value for value in values if isinstance(value, kinds[name])]
+            for name, values in listed.items()
+            if isinstance(values, list)
+        }
 
 
 def read_run(folder: Path) -> Run:

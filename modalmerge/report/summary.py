@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from modalmerge.records import Cell
 
@@ -16,6 +16,7 @@ COLUMNS = {
     "fine-tuned retrieval": ("Fine-tuned retrieval, mean recall %", "fine-tuned", "retrieval", "recall_mean"),
     "fine-tuned vqa": ("Fine-tuned VQA, accuracy %", "fine-tuned", "vqa", "accuracy"),
 }
+ZERO_SHOT = "zero-shot retrieval"
 # measured for the untrained control alone: without fine-tuning nothing else has an answer head
 EXTRA_COLUMNS = {"zero-shot vqa": ("VQA without fine-tuning, accuracy %", "zero-shot", "vqa", "accuracy")}
 
@@ -33,9 +34,15 @@ CONTROLS = {
     "text-only": "Text only (images hidden)",
     "image-only": "Image only (texts hidden)",
 }
+REPAIRS = {
+    "aligned": "experts aligned first",
+    "healed": "then healed",
+    "continued": "then pre-trained further",
+}
 RECALL_DEPTHS = (1, 5, 10)
 RECALLS = tuple(f"{way}_recall_{depth}" for way in ("text", "image") for depth in RECALL_DEPTHS)
-NO_SETTINGS = ("control", "chance")  # keys of `settings` that set nothing
+KEPT_SETTING = "keep_fraction"  # of partly merged models
+NO_SETTINGS = ("control", "chance", "repair")  # keys of `settings` that set nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,10 +91,13 @@ class Row:
         name: for people.
         role, method: as in the cells.
         control: name of the control, "" for the models of the study itself.
+        repair: what was done beside merging, such as "healed", or "".
         settings: name of a setting to its different values, in the order in which they were met.
         parameters: of the model in the first column that has a number (heads differ between tasks), or None.
         numbers: column key to number; columns that were not measured are left out.
         gains: column key to the mean difference to naive merging, paired over random seeds.
+        differences: column key to the mean difference to the recipe's interpolation, paired over random seeds; not for
+            that itself.
         positions: column key to position; not for naive merging and the baseline.
         chance: column key to what guessing would reach, where that is known (untrained control alone).
         recalls: stage to metric to number, for recall at 1, 5 and 10 both ways.
@@ -98,14 +108,32 @@ class Row:
     role: str
     method: str
     control: str
+    repair: str
     settings: dict[str, list[Any]]
     parameters: int | None
     numbers: dict[str, Number]
     gains: dict[str, Number]
+    differences: dict[str, Number]
     positions: dict[str, Position]
     chance: dict[str, float]
     recalls: dict[str, dict[str, Number]]
     distances: dict[str, Number]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptPoint:
+    """A partly merged model of the recipe: one point of the curve of what is kept per modality.
+
+    Args:
+        keep_fraction: share of the experts' numbers beyond the merged ones that is kept, in [0, 1]; 0 is plain
+            interpolation.
+        parameters: mean over random seeds, which may keep different parts.
+        number: zero-shot retrieval.
+    """
+
+    keep_fraction: float
+    parameters: float
+    number: Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +143,10 @@ class Summary:
     Args:
         columns: column key to title.
         random_seeds: every random seed of the study.
-        rows: the models, those of `MAIN_ROWS` always, even when nothing was measured yet.
+        rows: the models, those of `MAIN_ROWS` always, even when nothing was measured yet; behind them the recipe's
+            experts merged in other ways, the best zero-shot first.
+        repairs: rows of what was done about naive merging, and of the recipe treated alike.
+        kept: the curve of partly merged models, ascending; empty where none was measured.
         controls: rows of the controls that were measured.
         missing: what was not measured (yet), one sentence part each.
         num_cells: how many cells there are, those of other splits included.
@@ -124,18 +155,28 @@ class Summary:
     columns: dict[str, str]
     random_seeds: tuple[int, ...]
     rows: tuple[Row, ...]
+    repairs: tuple[Row, ...]
+    kept: tuple[KeptPoint, ...]
     controls: tuple[Row, ...]
     missing: tuple[str, ...]
     num_cells: int
 
 
-def summarise(cells: Sequence[Cell], *, random_seeds: Iterable[int] = ()) -> Summary:
+def summarise(
+    cells: Sequence[Cell],
+    *,
+    random_seeds: Iterable[int] = (),
+    methods: Iterable[str] = (),
+    repairs: Iterable[str] = (),
+    keep_fractions: Iterable[float] = (),
+) -> Summary:
     """Average the test cells over random seeds and compare them with naive merging.
 
     Args:
         cells: of one study, in any order; any part of them, or none, is fine.
         random_seeds: those that the study was asked for, so that one without a cell counts as missing; those
             of the cells need not be named.
+        methods, repairs, keep_fractions: the same for what the study was asked for beside the models that all have.
 
     Returns:
         The summary.
@@ -146,25 +187,33 @@ def summarise(cells: Sequence[Cell], *, random_seeds: Iterable[int] = ()) -> Sum
     cells = unique(cells)
     tested = [cell for cell in cells if cell.split == "test"]
     seeds = tuple(sorted({*random_seeds, *(cell.random_seed for cell in tested)}))
-    groups: dict[tuple[str, str, str], list[Cell]] = {_key(role, method): [] for role, method in MAIN_ROWS}
-    groups |= {_key("other", "", control): [] for control in CONTROLS}
+    groups: dict[_Key, list[Cell]] = {_Key(role, method): [] for role, method in MAIN_ROWS}
+    groups |= {_Key("other", control=control): [] for control in CONTROLS}
+    groups |= {_Key("other", method): [] for method in methods}
+    groups |= {_repair_key(repair): [] for repair in repairs}
+    kept = [cell for cell in tested if KEPT_SETTING in cell.settings]
     for cell in tested:
-        key = _key(cell.role, cell.method, str(cell.settings.get("control", "")))
-        groups.setdefault(key, []).append(cell)
+        if KEPT_SETTING not in cell.settings:
+            groups.setdefault(_key(cell), []).append(cell)
     order = [*dict.fromkeys(role for role, _ in MAIN_ROWS), "other"]
     rows = []
-    for key in sorted(groups, key=lambda key: order.index(key[0])):  # stable: methods stay in their order
+    for key in sorted(groups, key=lambda key: order.index(key.role)):  # stable: methods stay in their order
         for variant, members in _variants(groups[key]):
             rows.append(_row(key, variant, members))
-    by_key = {_key(row.role, row.method, row.control): row for row in reversed(rows)}
-    naive, baseline = by_key[_key("naive", "interpolation")], by_key[_key("agnostic", "")]
-    rows = [_compared(row, naive, baseline) for row in rows]
+    by_key = {_Key(row.role, row.method, row.control, row.repair): row for row in reversed(rows)}
+    naive, baseline = by_key[_Key("naive", "interpolation")], by_key[_Key("agnostic")]
+    recipe = by_key[_Key("recipe", "interpolation")]
+    rows = [_compared(row, naive, baseline, recipe) for row in rows]
+    plain = [row for row in rows if not row.control and not row.repair]
+    curve = tuple(_kept_curve(kept, recipe))
     return Summary(
         columns={key: title for key, (title, *_) in COLUMNS.items()},
         random_seeds=seeds,
-        rows=tuple(row for row in rows if not row.control),
+        rows=tuple(sorted(plain, key=_place)),
+        repairs=tuple(row for row in rows if row.repair),
+        kept=curve,
         controls=tuple(row for row in rows if row.control and row.numbers),
-        missing=tuple(_missing(rows, seeds)),
+        missing=(*_missing(rows, seeds), *_missing_points(curve, seeds, keep_fractions)),
         num_cells=len(cells),
     )
 
@@ -286,11 +335,55 @@ def _number(by_seed: Mapping[int, float], ids: Iterable[str], parameters: int) -
     )
 
 
-def _key(role: str, method: str, control: str = "") -> tuple[str, str, str]:
-    """Tell models apart: merged ones by method, controls by name."""
+class _Key(NamedTuple):
+    """What tells models apart: merged ones by method, controls and repairs by name."""
+
+    role: str
+    method: str = ""
+    control: str = ""
+    repair: str = ""
+
+
+def _key(cell: Cell) -> _Key:
+    control, repair = (str(cell.settings.get(name, "")) for name in ("control", "repair"))
     if control:
-        return ("other", "", control)
-    return (role, method if role in ("naive", "recipe", "other") else "", "")
+        return _Key("other", control=control)
+    return _Key(cell.role, cell.method if cell.role in ("naive", "recipe", "other") else "", repair=repair)
+
+
+def _repair_key(repair: str) -> _Key:
+    """Read the name that a study gives a repair: of naive merging, or with `recipe-` before it."""
+    role = "other" if repair.startswith("recipe-") else "naive"
+    return _Key(role, "interpolation", repair=repair.removeprefix("recipe-"))
+
+
+def _place(row: Row) -> float:
+    """Put the main rows first, as they are, and the others behind, the best zero-shot first."""
+    if row.role != "other":
+        return -math.inf
+    number = row.numbers.get(ZERO_SHOT)
+    return math.inf if number is None else -number.mean
+
+
+def _kept_curve(cells: Sequence[Cell], recipe: Row) -> list[KeptPoint]:
+    """Average the partly merged models by how much they keep; plain interpolation is the curve's start."""
+    _, *wanted = COLUMNS[ZERO_SHOT]
+    groups: dict[float, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if [cell.stage, cell.task, cell.metric] == wanted:
+            groups[float(cell.settings[KEPT_SETTING])].append(cell)
+    points = [
+        KeptPoint(
+            keep_fraction=fraction,
+            parameters=statistics.fmean(cell.parameters for cell in members),
+            number=average(members),
+        )
+        for fraction, members in sorted(groups.items())
+    ]
+    start = recipe.numbers.get(ZERO_SHOT)
+    if points and start is not None:
+        points.insert(0, KeptPoint(keep_fraction=0.0, parameters=float(start.parameters), number=start))
+    return points
 
 
 def _variants(cells: list[Cell]) -> list[tuple[str, list[Cell]]]:
@@ -337,8 +430,8 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _row(key: tuple[str, str, str], variant: str, cells: list[Cell]) -> Row:
-    role, method, control = key
+def _row(key: _Key, variant: str, cells: list[Cell]) -> Row:
+    role, method, control, repair = key
     found = averages(cells)
     columns = COLUMNS | EXTRA_COLUMNS if control == "untrained" else COLUMNS
     numbers = {
@@ -355,16 +448,18 @@ def _row(key: tuple[str, str, str], variant: str, cells: list[Cell]) -> Row:
     for (stage, _, metric), number in found.items():
         if metric in RECALLS:
             recalls.setdefault(stage, {})[metric] = number
-    name = _name(role, method, control)
+    name = _name(key)
     return Row(
         name=f"{name} ({variant})" if variant else name,
         role=role,
         method=method,
         control=control,
+        repair=repair,
         settings=settings,
         parameters=next((number.parameters for number in numbers.values()), None),
         numbers=numbers,
         gains={},
+        differences={},
         positions={},
         chance=_chance(cells) if control == "untrained" else {},
         recalls=recalls,
@@ -372,16 +467,18 @@ def _row(key: tuple[str, str, str], variant: str, cells: list[Cell]) -> Row:
     )
 
 
-def _name(role: str, method: str, control: str) -> str:
+def _name(key: _Key) -> str:
+    role, method, control, repair = key
     if control:
         return CONTROLS.get(control, control)
     if role == "agnostic":
         return "Modality-agnostic (baseline)"
     if role == "specific":
         return "Modality-specific"
-    if role == "naive":
-        return "Naive merging" if method == "interpolation" else f"Naive merging, {method}"
-    return f"{role.capitalize()}, {method}"
+    name = "Naive merging" if role == "naive" else "Recipe"
+    if (role, method) != ("naive", "interpolation"):
+        name += f", {method}"
+    return f"{name}, {REPAIRS.get(repair, repair)}" if repair else name
 
 
 def _chance(cells: list[Cell]) -> dict[str, float]:
@@ -394,9 +491,8 @@ def _chance(cells: list[Cell]) -> dict[str, float]:
                 chance[column] = float(cell.settings["chance"])
         if (cell.stage, cell.task) == ("zero-shot", "retrieval"):
             sizes[cell.metric] = cell.num_samples
-    column = "zero-shot retrieval"
-    if column not in chance and {"text_recall_1", "image_recall_1"} <= set(sizes):
-        chance[column] = retrieval_chance(sizes["text_recall_1"], sizes["image_recall_1"])
+    if ZERO_SHOT not in chance and {"text_recall_1", "image_recall_1"} <= set(sizes):
+        chance[ZERO_SHOT] = retrieval_chance(sizes["text_recall_1"], sizes["image_recall_1"])
     return chance
 
 
@@ -415,24 +511,32 @@ def _distances(cells: list[Cell]) -> dict[str, Number]:
     return numbers
 
 
-def _compared(row: Row, naive: Row, baseline: Row) -> Row:
-    """Add gains over naive merging and positions between it and the baseline."""
-    if row.control or row is naive:
+def _compared(row: Row, naive: Row, baseline: Row, recipe: Row) -> Row:
+    """Add gains over naive merging, positions between it and the baseline, differences to the recipe."""
+    if row.control:
         return row
-    gains, positions = {}, {}
+    positions = {}
+    if row is not naive and row is not baseline:
+        for column, number in row.numbers.items():
+            if column in naive.numbers and column in baseline.numbers:
+                ends = (_by_seed(end.numbers[column]) for end in (naive, baseline))
+                if position := _position(_by_seed(number), *ends):
+                    positions[column] = position
+    return dataclasses.replace(row, gains=_paired(row, naive), differences=_paired(row, recipe), positions=positions)
+
+
+def _paired(row: Row, other: Row) -> dict[str, Number]:
+    """Take the differences of two models over the random seeds that both have, by column."""
+    if row is other:
+        return {}
+    differences = {}
     for column, number in row.numbers.items():
-        if column not in naive.numbers:
-            continue
-        own, low = _by_seed(number), _by_seed(naive.numbers[column])
-        paired = {seed: own[seed] - low[seed] for seed in own if seed in low}
-        if paired:
-            ids = [*number.cells, *naive.numbers[column].cells]
-            gains[column] = _number(paired, ids, number.parameters)
-        if row is not baseline and column in baseline.numbers:
-            position = _position(own, low, _by_seed(baseline.numbers[column]))
-            if position:
-                positions[column] = position
-    return dataclasses.replace(row, gains=gains, positions=positions)
+        if column in other.numbers:
+            own, theirs = _by_seed(number), _by_seed(other.numbers[column])
+            if paired := {seed: own[seed] - theirs[seed] for seed in own if seed in theirs}:
+                ids = [*number.cells, *other.numbers[column].cells]
+                differences[column] = _number(paired, ids, number.parameters)
+    return differences
 
 
 def _by_seed(number: Number) -> dict[int, float]:
@@ -467,12 +571,24 @@ def _missing(rows: list[Row], random_seeds: tuple[int, ...]) -> list[str]:
                 missing.append(f"control: {row.name}")
             continue
         for column, (title, *_) in COLUMNS.items():
-            number = row.numbers.get(column)
-            if number is None:
-                missing.append(f"{row.name}: {title}")
-                continue
-            absent = [str(seed) for seed in random_seeds if seed not in number.random_seeds]
-            if absent:
-                seeds = "random seed" if len(absent) == 1 else "random seeds"
-                missing.append(f"{row.name}: {title}, {seeds} {', '.join(absent)}")
+            missing += _missing_seeds(f"{row.name}: {title}", row.numbers.get(column), random_seeds)
     return missing
+
+
+def _missing_points(
+    curve: Sequence[KeptPoint], random_seeds: tuple[int, ...], keep_fractions: Iterable[float]
+) -> list[str]:
+    numbers = {point.keep_fraction: point.number for point in curve if point.keep_fraction}
+    missing = []
+    for fraction in sorted({*numbers, *keep_fractions}):
+        missing += _missing_seeds(f"partly merged, {fraction:g} kept", numbers.get(fraction), random_seeds)
+    return missing
+
+
+def _missing_seeds(what: str, number: Number | None, random_seeds: tuple[int, ...]) -> list[str]:
+    if number is None:
+        return [what]
+    absent = [str(seed) for seed in random_seeds if seed not in number.random_seeds]
+    if not absent:
+        return []
+    return [f"{what}, {'random seed' if len(absent) == 1 else 'random seeds'} {', '.join(absent)}"]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from modalmerge.checkpoint import atomic_file
 from modalmerge.records import Cell, append_line, read_lines
 from modalmerge.study.jobs import CELLS, PROGRESS, Context, model_config, run_job
 from modalmerge.study.plan import Job, plan
-from modalmerge.study.presets import Preset, to_dict
+from modalmerge.study.presets import GROWING, Preset, to_dict, what_differs
 
 CELLS_FILE, PRESET_FILE, LOCK_FILE = "cells.jsonl", "preset.json", ".lock"
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
@@ -87,10 +87,9 @@ def run_study(
         jobs = plan(preset)
         began = time.monotonic()
         done = {job.id for job in jobs if context.folder(job.id).exists()}
-        for job in jobs:
-            if job.id in done:
-                _append_cells(run, context.folder(job.id))
-                shutil.rmtree(context.scratch(job.id), ignore_errors=True)  # there where a kill came in between
+        _append_cells(run, [context.folder(job.id) for job in jobs if job.id in done])
+        for job_id in done:
+            shutil.rmtree(context.scratch(job_id), ignore_errors=True)  # there where a kill came in between
         deadline = None if budget_minutes is None else began + 60 * budget_minutes
         _run_jobs(jobs, done, context, workers, deadline, _Display(console, jobs, done))
         order = {cell_id: number for number, cell_id in enumerate(_cell_ids(jobs, context))}
@@ -155,7 +154,7 @@ def _run_jobs(
                         error.add_note(f"in job {job.id} of the study in {context.run}")
                         raise
                     done.add(job.id)
-                    _append_cells(context.run, context.folder(job.id))
+                    _append_cells(context.run, [context.folder(job.id)])
                 display.show(list(running.values()), done, context)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -182,13 +181,14 @@ def _job_cells(folder: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _append_cells(run: Path, folder: Path) -> None:
-    """Append a finished job's cells that the file does not hold yet."""
+def _append_cells(run: Path, folders: list[Path]) -> None:
+    """Append finished jobs' cells that the file does not hold yet."""
     path = run / CELLS_FILE
-    known = {cell.id for cell in read_lines(path, Cell)} if path.exists() else set()
-    for values in _job_cells(folder):
-        if values["id"] not in known:
-            append_line(path, Cell(**values))
+    known = {cell.id for cell in read_lines(path, Cell)}
+    for folder in folders:
+        for values in _job_cells(folder):
+            if values["id"] not in known:
+                append_line(path, Cell(**values))
 
 
 def _check_preset(run: Path, preset: Preset) -> None:
@@ -197,13 +197,11 @@ def _check_preset(run: Path, preset: Preset) -> None:
         there = json.loads(path.read_text())
         if there == now:
             return
-        # further repetitions of the same study are no other study
-        more = set(there.get("random_seeds", ())) <= set(now["random_seeds"])
-        if not more or {**there, "random_seeds": now["random_seeds"]} != now:
-            differing = ", ".join(sorted(_differences(there, now)))
+        # further repetitions, methods and the like of the same study are no other study
+        if differing := what_differs(there, preset, growing=GROWING):
             raise ValueError(
-                f"{run} holds a study of preset {there.get('name')!r} with other settings ({differing}); "
-                f"choose another folder with -o, or remove this one"
+                f"{run} holds a study of preset {there.get('name')!r} with other settings "
+                f"({', '.join(sorted(differing))}); choose another folder with -o, or remove this one"
             )
     elif (run / CELLS_FILE).exists():
         raise ValueError(
@@ -211,15 +209,6 @@ def _check_preset(run: Path, preset: Preset) -> None:
         )
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(now, indent=2) + "\n")
-
-
-def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in {**there, **now}:
-        old, new = there.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key}: there {old}, now {new}"
 
 
 @contextmanager

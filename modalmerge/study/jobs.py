@@ -15,14 +15,21 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from modalmerge.checkpoint import atomic_folder
 from modalmerge.data import scenes
-from modalmerge.data.batches import PairArrays, load_pairs
+from modalmerge.data.batches import PairArrays, load_pairs, trim
 from modalmerge.data.text import scenes_tokenizer
 from modalmerge.evaluate import evaluate, hide
 from modalmerge.layouts import load_layout
 from modalmerge.merge.apply import merge_tensors
+from modalmerge.merge.carry import remaining_components
+from modalmerge.merge.methods import METHODS, setting_parameters
+from modalmerge.merge.procedures import OWN_SETTINGS, PROCEDURES
+from modalmerge.merge.procedures.alignment import align_experts
+from modalmerge.merge.procedures.passes import collect_statistics, contrastive_terms
+from modalmerge.merge.statistics import open_statistics, write_statistics
 from modalmerge.model import (
     ModalMergeConfig,
     ModalMergeModel,
@@ -33,12 +40,14 @@ from modalmerge.model import (
     size_config,
 )
 from modalmerge.records import CELL_SCHEMA, Cell, Result
-from modalmerge.study.plan import HIDDEN, ROWS, Job, Row
+from modalmerge.study.candidates import candidates
+from modalmerge.study.plan import HIDDEN, ROWS, Job, describe
 from modalmerge.study.presets import Preset
 from modalmerge.tasks import TASKS
 from modalmerge.train.loop import Report
 from modalmerge.train.stages import (
     finetune,
+    heal,
     initial_model,
     model_from,
     pretrain,
@@ -54,7 +63,9 @@ CELLS, CURVE, PREDICTIONS, STEPS, MODEL = (
     "steps.json",
     "model",
 )
+STATISTICS = "statistics.safetensors"
 PROGRESS = "progress.json"
+STATISTICS_BATCH = 64  # pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +126,18 @@ def _split_data(split: str, num_scenes: int, data_seed: int, image_size: int, ma
         max_text_length=max_text_length,
     )
     return dataclasses.replace(data, captions=data.captions[:, :1]) if split == "validation" else data
+
+
+def _statistics_batches(preset: Preset) -> list[dict[str, Tensor]]:
+    """Take the first pairs of the pre-training split, with the first caption of each image."""
+    data = split_data(preset, "pretrain")
+    count = min(preset.statistics_samples, len(data))
+    batches = []
+    for start in range(0, count, STATISTICS_BATCH):
+        some = slice(start, min(count, start + STATISTICS_BATCH))
+        ids, mask = trim(data.captions[some, 0])
+        batches.append({"pixel_values": data.pixel_values(some), "input_ids": ids, "attention_mask": mask})
+    return batches
 
 
 def prepare_data(job: Job, context: Context, scratch: Path) -> None:
@@ -187,30 +210,95 @@ def untrained_model(job: Job, context: Context, scratch: Path) -> None:
     _leave(context, job, scratch, model=model, steps=0, cells=cells)
 
 
-def merge_model(job: Job, context: Context, scratch: Path) -> None:
-    """Merge a model's experts, with the coefficient that is best zero-shot on the validation split."""
-    preset, name = context.preset, job.arguments["model"]
-    method = ROWS[name].method
+def leave_statistics(job: Job, context: Context, scratch: Path) -> None:
+    """Collect Grams and squared gradients of the experts on a little of the pre-training split."""
     experts, steps = _load(context, f"{job.random_seed}-{job.arguments['source']}")
+    statistics = collect_statistics(experts, _statistics_batches(context.preset), fisher=contrastive_terms)
+    with atomic_folder(context.folder(job.id)) as folder:
+        write_statistics(statistics, folder / STATISTICS)
+        _write_json(folder / STEPS, {"steps": steps})
+
+
+def merge_model(job: Job, context: Context, scratch: Path) -> None:
+    """Merge a model's experts, with the settings that are best zero-shot on the validation split."""
+    preset, name = context.preset, job.arguments["model"]
+    row = describe(name)
+    experts, steps = _load(context, f"{job.random_seed}-{job.arguments['source']}")
+    tensors = experts.state_dict()
+    if row.repair == "aligned":
+        tensors, _ = align_experts(tensors, experts.config)
     base = None
     if job.arguments["base"] is not None:
         base = _load(context, f"{job.random_seed}-{job.arguments['base']}")[0].state_dict()
-    candidates = [{"ratio": value} for value in preset.ratios]
-    if method == "arithmetic":
-        candidates = [{"scale": value} for value in preset.scales]
+    statistics = None
+    if job.arguments.get("statistics") is not None:
+        statistics = open_statistics(context.folder(f"{job.random_seed}-{job.arguments['statistics']}") / STATISTICS)
+    procedure = PROCEDURES.get(row.method)
+    batches = _statistics_batches(preset) if procedure is not None else []
+    # masks of every repetition are drawn anew, so that its intervals hold for them too
+    drawn = {"random_seed": job.random_seed} if "random_seed" in setting_parameters(METHODS[row.method]) else {}
     layout, validation = load_layout("modalmerge"), split_data(preset, "validation")
-    tried: list[tuple[float, dict[str, float], ModalMergeModel]] = []
+    tried: list[tuple[float, Mapping[str, Any], ModalMergeModel]] = []
     cells: list[Cell] = []
     config = change_config(experts.config, experts=expert_map("agnostic", experts.config.num_hidden_layers))
-    for settings in candidates:
-        tensors, _ = merge_tensors(experts.state_dict(), layout=layout, method=method, settings=settings, base=base)
-        model = model_from(tensors, config)
+    for settings in candidates(row.method, preset):
+        if procedure is not None:
+            statistics = procedure(experts, batches, settings=settings, base=base)
+        own = {key: value for key, value in settings.items() if key not in OWN_SETTINGS.get(row.method, ())}
+        merged, _ = merge_tensors(
+            tensors, layout=layout, method=row.method, settings={**own, **drawn}, base=base, statistics=statistics
+        )
+        model = model_from(merged, config)
         results = evaluate(model, "retrieval", validation)
         tried.append((results[0].value, settings, model))
         cells += _cells(results[:1], name, job, context, model, steps=steps, settings=settings, split="validation")
     _, settings, model = max(tried, key=lambda entry: entry[0])
     cells += _zero_shot(model, name, job, context, steps, settings)
     _leave(context, job, scratch, model=model, steps=steps, cells=cells)
+
+
+def keep_some(job: Job, context: Context, scratch: Path) -> None:
+    """Interpolate the recipe's experts as chosen before, but for those that are furthest apart, and measure that."""
+    name, fraction = job.arguments["model"], job.arguments["keep_fraction"]
+    experts, steps = _load(context, f"{job.random_seed}-experts")
+    seed, _ = _load(context, f"{job.random_seed}-seed")
+    settings = _chosen_settings(context, f"{job.random_seed}-recipe-interpolation")
+    layout = load_layout("modalmerge")
+    merged, record = merge_tensors(
+        experts.state_dict(),
+        layout=layout,
+        settings=settings,
+        base=seed.state_dict(),
+        keep_fraction=fraction,
+    )
+    parts = remaining_components(record.remaining, layout, experts.config.num_hidden_layers)
+    model = model_from(merged, change_config(experts.config, experts=parts))
+    settings = {**settings, "keep_fraction": fraction, "keep_by": record.recipe["keep_by"]}
+    validated = evaluate(model, "retrieval", split_data(context.preset, "validation"))[:1]
+    cells = _cells(validated, name, job, context, model, steps=steps, settings=settings, split="validation")
+    cells += _zero_shot(model, name, job, context, steps, settings)
+    _leave(context, job, scratch, steps=steps, cells=cells)
+
+
+def heal_model(job: Job, context: Context, scratch: Path) -> None:
+    """Distil the experts into what was merged from them."""
+    start, before = _load(context, f"{job.random_seed}-{job.arguments['start']}")
+    teacher, _ = _load(context, f"{job.random_seed}-{job.arguments['teacher']}")
+    settings = dataclasses.replace(context.preset.healing, random_seed=_stage_seed(job, "healing"))
+    data, report = split_data(context.preset, "pretrain"), _progress(scratch)
+    curve = heal(start, teacher, data, settings=settings, folder=scratch, report=report)
+    _leave_trained(job, context, scratch, start, before + settings.num_steps, curve, "healing")
+
+
+def continue_model(job: Job, context: Context, scratch: Path) -> None:
+    """Pre-train what was merged a little further, with the settings of healing, so that only the losses differ."""
+    preset = context.preset
+    model, before = _load(context, f"{job.random_seed}-{job.arguments['start']}")
+    steps, random_seed = preset.continued_steps, _stage_seed(job, "continued")
+    settings = dataclasses.replace(preset.healing, num_steps=steps, random_seed=random_seed)
+    data, tokenizer = split_data(preset, "pretrain"), scenes_tokenizer()
+    curve = pretrain(model, data, tokenizer, settings=settings, folder=scratch, report=_progress(scratch))
+    _leave_trained(job, context, scratch, model, before + steps, curve, "continued")
 
 
 def finetune_model(job: Job, context: Context, scratch: Path) -> None:
@@ -227,7 +315,7 @@ def finetune_model(job: Job, context: Context, scratch: Path) -> None:
     results = evaluate(model, task, test)
     cells = _cells(results, name, job, context, model, task=task, steps=steps, stage="fine-tuned")
     shown = None
-    if name not in HIDDEN and job.random_seed == preset.random_seeds[0]:
+    if name in ROWS and name not in HIDDEN and job.random_seed == preset.random_seeds[0]:
         shown = _predictions(model, name, task, job, test, preset.num_predictions)
     _leave(context, job, scratch, steps=steps, cells=cells, curve=curve, stage=task, predictions=shown)
 
@@ -236,7 +324,11 @@ KINDS: dict[str, Callable[[Job, Context, Path], None]] = {
     "data": prepare_data,
     "pretrain": pretrain_model,
     "untrained": untrained_model,
+    "statistics": leave_statistics,
     "merge": merge_model,
+    "keep": keep_some,
+    "heal": heal_model,
+    "continue": continue_model,
     "finetune": finetune_model,
 }
 
@@ -245,7 +337,7 @@ KINDS: dict[str, Callable[[Job, Context, Path], None]] = {
 
 
 def _zero_shot(
-    model: ModalMergeModel, name: str, job: Job, context: Context, steps: int, settings: dict[str, Any]
+    model: ModalMergeModel, name: str, job: Job, context: Context, steps: int, settings: Mapping[str, Any]
 ) -> list[Cell]:
     """Measure retrieval without fine-tuning; for the baseline also with one side hidden, as controls."""
     test = split_data(context.preset, "test")
@@ -268,10 +360,11 @@ def _cells(
     task: str = "retrieval",
     stage: str = "zero-shot",
     split: str = "test",
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
-    row: Row = ROWS[name]
-    settings = {**({"control": row.control} if row.control else {}), **(settings or {})}
+    row = describe(name)
+    what = {key: value for key, value in (("control", row.control), ("repair", row.repair)) if value}
+    settings = {**what, **(settings or {})}
     chosen = "".join(f"/{key}={value}" for key, value in settings.items()) if split == "validation" else ""
     return [
         Cell(
@@ -367,6 +460,27 @@ def _leave(
             os.replace(scratch / "tensorboard", folder / "tensorboard")
 
 
+def _leave_trained(
+    job: Job,
+    context: Context,
+    scratch: Path,
+    model: ModalMergeModel,
+    steps: int,
+    curve: list[dict[str, int | float]],
+    stage: str,
+) -> None:
+    """Measure a merged model that was trained further zero-shot, and leave it with its curve."""
+    settings = _chosen_settings(context, f"{job.random_seed}-{job.arguments['start']}")
+    cells = _zero_shot(model, job.arguments["model"], job, context, steps, settings)
+    _leave(context, job, scratch, model=model, steps=steps, cells=cells, curve=curve, stage=stage)
+
+
+def _chosen_settings(context: Context, job_id: str) -> dict[str, Any]:
+    """Read which settings a merge chose."""
+    cells = json.loads((context.folder(job_id) / CELLS).read_text())
+    return dict(next(cell["settings"] for cell in cells if cell["split"] == "test"))
+
+
 def _load(context: Context, job_id: str) -> tuple[ModalMergeModel, int]:
     """Load a finished job's model and the steps behind it."""
     folder = context.folder(job_id)
@@ -376,7 +490,7 @@ def _load(context: Context, job_id: str) -> tuple[ModalMergeModel, int]:
 
 def _stage_seed(job: Job, stage: str) -> int:
     """Give every stage of a repetition batches of its own, by name, so that no stage repeats another's."""
-    stages = ("seed", "agnostic", "experts", "specific", *TASKS)
+    stages = ("seed", "agnostic", "experts", "specific", *TASKS, "healing", "continued")
     return job.random_seed * 100 + stages.index(stage)
 
 

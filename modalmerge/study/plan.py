@@ -6,6 +6,8 @@ A model job trains or merges one model and measures it zero-shot. A fine-tuning 
 from dataclasses import dataclass, field
 from typing import Any
 
+from modalmerge.merge.methods import METHODS, takes
+from modalmerge.merge.procedures import PROCEDURES
 from modalmerge.study.presets import Preset
 
 
@@ -18,15 +20,17 @@ class Row:
         method: merge method, or `none`.
         initialisation: what the weights started from.
         control: name of the control, or "".
+        repair: what was done beside merging, or "".
     """
 
     role: str
     method: str = "none"
     initialisation: str = "random"
     control: str = ""
+    repair: str = ""
 
 
-# Name of a model -> how it is described. Steps and parameters come from the model itself.
+# Name of a model of every study -> how it is described. Steps and parameters come from the model itself.
 ROWS = {
     "untrained": Row(role="other", control="untrained"),
     "scratch": Row(role="other", control="scratch"),
@@ -39,8 +43,26 @@ ROWS = {
     "recipe-arithmetic": Row(role="recipe", method="arithmetic", initialisation="seed"),
 }
 
+# The same of the models that repairs make.
+REPAIRED = {
+    "naive-aligned": Row(role="naive", method="interpolation", repair="aligned"),
+    "naive-healed": Row(role="naive", method="interpolation", repair="healed"),
+    "naive-continued": Row(role="naive", method="interpolation", repair="continued"),
+    "recipe-healed": Row(role="other", method="interpolation", initialisation="seed", repair="healed"),
+}
+KEPT = "recipe-kept-"  # the start of the names of partly merged models
+
 # What a control cannot see.
 HIDDEN = {"text-only": "vision", "image-only": "text"}
+
+
+def describe(model: str) -> Row:
+    """Describe a model by its name: one of `ROWS` or `REPAIRED`, or the recipe's experts merged in another way."""
+    fixed = {**ROWS, **REPAIRED}
+    if model in fixed:
+        return fixed[model]
+    method = "interpolation" if model.startswith(KEPT) else model.removeprefix("recipe-")
+    return Row(role="other", method=method, initialisation="seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,26 +116,57 @@ def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
     def pretraining(name: str, *needs: str, steps: int, **arguments: Any) -> Job:
         return job(name, "pretrain", *needs, weight=float(steps), model=name, num_steps=steps, **arguments)
 
+    def merging(name: str, source: str, *needs: str, weight: float = 0.05 * total, **arguments: Any) -> Job:
+        return job(name, "merge", source, *needs, weight=weight, model=name, source=source, **arguments)
+
     jobs = [
         pretraining("seed", steps=seed_steps, architecture="agnostic"),
         pretraining("agnostic", steps=total, architecture="agnostic"),
         pretraining("experts", "seed", steps=total - seed_steps, architecture=preset.architecture, start="seed"),
         pretraining("specific", steps=total, architecture=preset.architecture),
         job("untrained", "untrained", weight=0.02 * total, model="untrained"),
+        merging("recipe-interpolation", "experts", base=None),
+        merging("recipe-arithmetic", "experts", "seed", base="seed"),
+        merging("naive-interpolation", "specific", base=None),
     ]
-    for name, source, base in (
-        ("recipe-interpolation", "experts", None),
-        ("recipe-arithmetic", "experts", "seed"),
-        ("naive-interpolation", "specific", None),
-    ):
-        needs = (source,) if base is None else (source, base)
-        jobs.append(job(name, "merge", *needs, weight=0.05 * total, model=name, source=source, base=base))
-    starts = {"scratch": "untrained", "text-only": "agnostic", "image-only": "agnostic"}
     tuned = ["agnostic", "scratch", "text-only", "image-only", "recipe-interpolation", "recipe-arithmetic"]
-    for name in [*tuned, "specific", "naive-interpolation"]:
+    tuned += ["specific", "naive-interpolation"]
+    if any(uses_statistics(method) for method in preset.methods):
+        jobs.append(job("statistics", "statistics", "experts", weight=0.05 * total, source="experts"))
+    for method in preset.methods:
+        base = "seed" if "base" in takes(METHODS[method]) else None
+        statistics = "statistics" if uses_statistics(method) else None
+        needs = [need for need in (base, statistics) if need is not None]
+        weight = (0.2 if method in PROCEDURES else 0.05) * total  # procedures run the model on data
+        jobs.append(merging(f"recipe-{method}", "experts", *needs, weight=weight, base=base, statistics=statistics))
+        tuned.append(f"recipe-{method}")
+    for fraction in preset.keep_fractions:
+        name = f"{KEPT}{fraction}"  # a job each, so that a curve can get more points
+        sources = ("experts", "seed", "recipe-interpolation")
+        jobs.append(job(name, "keep", *sources, weight=0.03 * total, model=name, keep_fraction=fraction))
+    for repair in preset.repairs:
+        name = repair if repair in REPAIRED else f"naive-{repair}"
+        merged, source = "naive-interpolation", "specific"
+        if REPAIRED[name].initialisation == "seed":
+            merged, source = "recipe-interpolation", "experts"
+        if repair == "aligned":
+            jobs.append(merging(name, source, base=None))
+        elif repair == "continued":
+            jobs.append(job(name, "continue", merged, weight=preset.continued_steps, model=name, start=merged))
+        else:
+            steps = preset.healing.num_steps
+            jobs.append(job(name, "heal", merged, source, weight=steps, model=name, start=merged, teacher=source))
+        tuned.append(name)
+    starts = {"scratch": "untrained", "text-only": "agnostic", "image-only": "agnostic"}
+    for name in tuned:
         for task in preset.finetuning:
             if name in HIDDEN and task == "retrieval":
                 continue  # with one side hidden there is nothing to tell pairs by; zero-shot shows that
             start = starts.get(name, name)
             jobs.append(job(f"{name}-{task}", "finetune", start, weight=cost[task], model=name, task=task, start=start))
     return jobs
+
+
+def uses_statistics(method: str) -> bool:
+    """Tell whether a method takes Grams or squared gradients of the experts themselves."""
+    return method not in PROCEDURES and bool({"gram", "fisher"} & set(takes(METHODS[method])))

@@ -1,0 +1,82 @@
+"""Pieces that the page's sections are made of: tables, numbers that lead to their cells, places for charts."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+from modalmerge.records import Cell
+from modalmerge.report import charts
+from modalmerge.report.summary import Number, Row
+from modalmerge.report.text import format_count, format_number, format_settings
+
+
+class Parts:
+    """What sections share: the place of every cell in the table of cells, and the figures by id."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.index = {cell.id: position for position, cell in enumerate(cells)}
+        self.figures: dict[str, charts.Figure] = {}
+
+    def traced(self, number: Number, text: str) -> str:
+        """Link a number to the cells that it was made from."""
+        positions = " ".join(str(self.index[name]) for name in number.cells)
+        seeds = ", ".join(
+            f"random seed {seed}: {value:.1f}" for seed, value in zip(number.random_seeds, number.values, strict=True)
+        )
+        return f'<a class="trace" href="#cells" data-cells="{positions}" title="{seeds}">{text}</a>'
+
+    def chart(self, title: str, figure: charts.Figure, *, caption: str = "") -> str:
+        """Make room for a figure."""
+        place = f"chart-{len(self.figures)}"
+        self.figures[place] = figure
+        heading = f"<h3>{escape(title)}</h3>" if title else ""
+        below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        style = f"height:{figure['layout']['height']}px"  # so that the page does not jump when it is drawn
+        return f'<figure>{heading}<div class="chart" id="{place}" style="{style}"></div>{below}</figure>'
+
+
+def escape(text: object) -> str:
+    """Escape text for HTML, in content and in attributes."""
+    return html.escape(str(text), quote=True)
+
+
+def traced_or_dash(number: Number | None, parts: Parts, *, signed: bool = False) -> str:
+    """Write a number that leads to its cells, or a dash where there is none."""
+    if number is None:
+        return "–"
+    return parts.traced(number, format_number(number, signed=signed).replace("-", "−"))
+
+
+def html_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Lay ready HTML out in rows; the first column names the row."""
+    first, *others = head
+    titles = [f'<th scope="col">{escape(first)}</th>']
+    titles += [f'<th scope="col" class="number">{_unbroken(text)}</th>' for text in others]
+    body = []
+    for name, *numbers in lines:
+        cells = "".join(f'<td class="number">{text}</td>' for text in numbers)
+        body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    return scroll("".join(titles), "".join(body))
+
+
+def _unbroken(title: str) -> str:
+    """Escape a title and keep its percent sign on the line of the word before it."""
+    return escape(title).replace(" %", "&nbsp;%")
+
+
+def scroll(head: str, body: str) -> str:
+    """Let a wide table scroll by itself on a narrow screen."""
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def row_head(row: Row) -> str:
+    """Name a row, with its colour and settings."""
+    colour = charts.look(row.role, row.method)[0]
+    swatch = "" if row.control else f'<span class="swatch" style="background: var({colour})"></span>'
+    settings = format_settings(row)
+    below = f'<span class="small">{escape(settings)}</span>' if settings else ""
+    return f"{swatch}{escape(row.name)}{below}"
+
+
+def parameter_count(row: Row) -> str:
+    """Write how many parameters a model has."""
+    return format_count(row.parameters)
