@@ -57,7 +57,8 @@ def test_named_files_exist() -> None:
     names = re.findall(r"`([\w/.-]+\.(?:py|yaml))`", table)
     assert len(names) >= 6
     for name in names:
-        folders = (ROOT, ROOT / "modalmerge" / "study", ROOT / "modalmerge" / "merge")
+        package = ROOT / "modalmerge"
+        folders = (ROOT, package / "study", package / "merge", package / "merge" / "methods")
         assert any((folder / name).exists() for folder in folders), name
     for link in re.findall(r"\]\((?!http)([\w/.-]+)\)", README):
         assert (ROOT / link).exists(), link

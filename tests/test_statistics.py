@@ -372,6 +372,7 @@ def statistics():
         num_tokens={("vision", "layers.0.ffn.fc1"): 15, ("text", "a/b"): 2**40},
         fisher={"layers.0.x/y": torch.ones(2, 3), "scalar": torch.tensor(0.5), "none": torch.ones(0)},
         coefficients={("vision", "layers.0.ffn.fc1.weight"): 0.25, ("text", "layers.0.ffn.fc1.weight"): -1},
+        behind_merged=True,
     )
 
 
@@ -382,6 +383,7 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     found = open_statistics(path)
     assert (found.model, found.num_samples) == ("abc", 3)
     assert dict(found.num_tokens) == wanted.num_tokens and dict(found.coefficients) == wanted.coefficients
+    assert found.behind_merged
     assert set(found.grams) == set(wanted.grams) and set(found.fisher) == set(wanted.fisher)
     for key, matrix in wanted.grams.items():
         assert found.grams[key].dtype == torch.float32 and torch.equal(found.grams[key], matrix.float())
@@ -452,6 +454,7 @@ GOOD = {
     "num_samples": "3",
     "num_tokens": '{"gram/vision/x": 3}',
     "coefficients": "{}",
+    "behind_merged": "false",
 }
 
 
@@ -479,6 +482,8 @@ def write(path, tensors=None, **metadata):
         ({"num_tokens": "{}"}, "'gram/vision/x' has no count in num_tokens"),
         ({"num_tokens": '{"gram/vision/x": -3}'}, "must be a whole number of at least 1, got -3"),
         ({"num_tokens": '{"gram/vision/x": 3, "gram/text/x": 3}'}, "'gram/text/x' has a count, but no Gram"),
+        ({"behind_merged": None}, "behind_merged is missing"),
+        ({"behind_merged": "1"}, "behind_merged must be true or false, got 1"),
         ({"coefficients": "[1]"}, "coefficients must hold factors by expert and name"),
         ({"coefficients": '{"vision": 3}'}, "coefficients must hold factors by expert and name"),
         ({"coefficients": '{"vision": {"x": NaN}}'}, "coefficients: vision 'x' must be a finite number, got nan"),

@@ -115,6 +115,7 @@ def test_a_finished_merge_is_found_again_only_with_the_same_statistics(tmp_path)
     ("method", "message"),
     [
         ("regmean", "regmean needs Gram matrices of the experts' inputs; collect them with `modalmerge gram`"),
+        ("regmean_plus", "regmean_plus needs Gram matrices that are taken behind the merged layers; give --data"),
         ("fisher", "fisher needs the experts' squared gradients; collect them with `modalmerge gram --fisher`"),
         ("learned", "learned needs coefficients that are learned from data; give --data"),
         ("ties", "ties needs the seed that the experts started from; give it as base"),
@@ -140,6 +141,23 @@ def test_statistics_of_another_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
         merge_checkpoint(source, tmp_path / "out", recipe=Recipe(method="regmean"), statistics=statistics)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("method", "behind_merged", "message"),
+    [
+        (
+            "regmean",
+            True,
+            "regmean needs .*; those given are of the experts' layers behind merged layers, for regmean_p",
+        ),
+        ("regmean_plus", False, "regmean_plus needs .*give --data; those given are .* layers as they are, for regmean"),
+    ],
+)
+def test_grams_of_the_other_kind_are_refused(method, behind_merged, message):
+    tensors, _ = specific()
+    with pytest.raises(ValueError, match=message):
+        merge(tensors, method, statistics=statistics_of(tensors, behind_merged=behind_merged))
 
 
 def test_statistics_that_lack_an_expert_are_refused():

@@ -2,7 +2,7 @@
 
 The file is a safetensors file with one float32 tensor per key: `gram/EXPERT/INPUT` and `fisher/NAME`. The rest is in
 its metadata, as text: `modalmerge_statistics` (the version, 1), `model`, `num_samples`, and as JSON `num_tokens` (name
-of a Gram -> count) and `coefficients` (expert -> merged name -> factor).
+of a Gram -> count), `coefficients` (expert -> merged name -> factor) and `behind_merged` (true or false).
 
 Grams are summed in float64 and kept in float32: the products that go into the sum are right to about 1e-6 of its
 diagonal, ten times what rounding the sum once costs, and the file of a base-size model has 1.1 GB instead of 2.2.
@@ -41,6 +41,7 @@ class Statistics:
         num_tokens: the same keys -> how many tokens each Gram is over.
         fisher: native name of a parameter -> mean of its squared gradients.
         coefficients: (expert, merged name of a parameter) -> factor of the expert's change.
+        behind_merged: whether each layer's Grams were taken behind layers that were merged already.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Statistics:
     num_tokens: Mapping[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     fisher: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     coefficients: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+    behind_merged: bool = False
 
 
 # -- which model ---------------------------------------------------------------------------------------------
@@ -140,6 +142,7 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
         "num_samples": str(statistics.num_samples),
         "num_tokens": json.dumps(num_tokens, sort_keys=True),
         "coefficients": json.dumps(coefficients, sort_keys=True),
+        "behind_merged": json.dumps(statistics.behind_merged),
     }
     with atomic_file(path) as partial:
         write_safetensors(partial, infos, read=rounded, metadata=metadata)
@@ -178,6 +181,9 @@ def open_statistics(path: Path) -> Statistics:
         num_samples = _read_json(metadata, "num_samples")
         num_tokens, coefficients = (_read_json(metadata, name) for name in ("num_tokens", "coefficients"))
         _check(checkpoint.infos, num_samples, num_tokens, coefficients)
+        behind_merged = _read_json(metadata, "behind_merged")
+        if not isinstance(behind_merged, bool):
+            raise ValueError(f"behind_merged must be true or false, got {behind_merged!r}")
     except ValueError as error:
         raise ValueError(f"{path}: broken statistics: {error}; collect them again") from error
     grams = {_gram_key(name): name for name in checkpoint.names if name.startswith("gram/")}
@@ -193,6 +199,7 @@ def open_statistics(path: Path) -> Statistics:
             for expert, factors in coefficients.items()
             for name, factor in factors.items()
         },
+        behind_merged=behind_merged,
     )
 
 

@@ -18,11 +18,13 @@ from modalmerge.merge.statistics import Statistics
 
 FROM_STATISTICS = ("gram", "num_tokens", "fisher", "coefficients")
 _ADVICE = {
+    "regmean_plus": "Gram matrices that are taken behind the merged layers; give --data",
     "gram": "Gram matrices of the experts' inputs; collect them with `modalmerge gram` and give them as --statistics",
     "fisher": "the experts' squared gradients; collect them with `modalmerge gram --fisher` and give them as "
     "--statistics",
     "coefficients": "coefficients that are learned from data; give --data",
 }
+BEHIND_MERGED = "regmean_plus"  # whose Grams are taken behind merged layers
 SPLIT_ORDER = "q|k|v"  # the one order of fused rows that can be split without knowing the number of heads
 
 
@@ -125,7 +127,7 @@ def check_given(name: str, statistics: Statistics | None, *, several: bool = Fal
         several: whether several checkpoints are merged, of which there can be no statistics.
 
     Raises:
-        ValueError: they are missing; the message says how to get them.
+        ValueError: they are missing, or of another kind; the message says how to get them.
     """
     needed = [what for what in needs(METHODS[name]) if what in FROM_STATISTICS]
     if needed and several:
@@ -134,7 +136,15 @@ def check_given(name: str, statistics: Statistics | None, *, several: bool = Fal
             "choose another method for several checkpoints"
         )
     if needed and statistics is None:
-        raise ValueError(f"{name} needs {_ADVICE[needed[0]]}")
+        raise ValueError(f"{name} needs {_ADVICE.get(name, _ADVICE[needed[0]])}")
+    if "gram" in needed and statistics is not None and statistics.behind_merged != (name == BEHIND_MERGED):
+        found, other = (
+            ("behind merged layers", BEHIND_MERGED) if statistics.behind_merged else ("as they are", "regmean")
+        )
+        raise ValueError(
+            f"{name} needs {_ADVICE.get(name, _ADVICE['gram'])}; those given are of the experts' layers {found}, for "
+            f"{other}"
+        )
 
 
 def linear_input(name: str, merged: str, experts: Sequence[str], layout: Layout, statistics: Statistics | None) -> str:

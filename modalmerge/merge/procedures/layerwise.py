@@ -77,7 +77,9 @@ def collect_layerwise(model: ModalMergeModel, batches: Sequence[Batch], *, setti
         raise ValueError(f"the model has no experts, so there is nothing for {METHOD} to merge")
     inputs = own_inputs(model)
     collected = Statistics(
-        model=identify_tensors(model.state_dict()), num_samples=sum(len(batch["input_ids"]) for batch in batches)
+        model=identify_tensors(model.state_dict()),
+        num_samples=sum(len(batch["input_ids"]) for batch in batches),
+        behind_merged=True,
     )
     with evaluation_mode(model), torch.no_grad():
         runs = [_begin(model, batch) for batch in batches]
@@ -134,9 +136,8 @@ def _merge(model: ModalMergeModel, index: int, collected: Statistics, settings: 
         layout=load_layout("modalmerge"),
         method=METHOD,
         settings=settings,
-        statistics=dataclasses.replace(
-            collected, model=""
-        ),  # of the layer's tensors alone, which have another identity
+        # a layer's tensors alone have another identity
+        statistics=dataclasses.replace(collected, model=""),
     )
     config = change_config(model.config, experts=expert_map("agnostic", model.config.num_hidden_layers))
     with torch.device("meta"):
