@@ -84,7 +84,7 @@ def test_all_of_a_split_may_be_run(gram, tmp_path):
     [
         (("--data", "scene"), "unknown data set 'scene'; nearest: 'scenes'"),
         (("--split", "pretraining"), "unknown split 'pretraining'; nearest: 'pretrain'"),
-        (("--num-samples", 65), "--num-samples 65: the split pretrain has 64 samples; choose fewer"),
+        (("--num-samples", 65), "num_samples must be in [1, 64], which the split holds; got 65"),
         (("--tokens", 0), "token_fraction must be in (0, 1], got 0.0"),
         (("--batch-size", 1, "--fisher", ""), "need at least 2 pairs in a batch, got 1; choose a larger batch size"),
         (("--config", "tinny"), "unknown preset 'tinny'; nearest: 'tiny'"),

@@ -373,6 +373,7 @@ def statistics():
         fisher={"layers.0.x/y": torch.ones(2, 3), "scalar": torch.tensor(0.5), "none": torch.ones(0)},
         coefficients={("vision", "layers.0.ffn.fc1.weight"): 0.25, ("text", "layers.0.ffn.fc1.weight"): -1},
         behind_merged=True,
+        settings={"num_steps": 3},
     )
 
 
@@ -383,7 +384,7 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     found = open_statistics(path)
     assert (found.model, found.num_samples) == ("abc", 3)
     assert dict(found.num_tokens) == wanted.num_tokens and dict(found.coefficients) == wanted.coefficients
-    assert found.behind_merged
+    assert found.behind_merged and found.settings == {"num_steps": 3}
     assert set(found.grams) == set(wanted.grams) and set(found.fisher) == set(wanted.fisher)
     for key, matrix in wanted.grams.items():
         assert found.grams[key].dtype == torch.float32 and torch.equal(found.grams[key], matrix.float())
@@ -455,6 +456,7 @@ GOOD = {
     "num_tokens": '{"gram/vision/x": 3}',
     "coefficients": "{}",
     "behind_merged": "false",
+    "settings": "{}",
 }
 
 
@@ -482,6 +484,7 @@ def write(path, tensors=None, **metadata):
         ({"num_tokens": "{}"}, "'gram/vision/x' has no count in num_tokens"),
         ({"num_tokens": '{"gram/vision/x": -3}'}, "must be a whole number of at least 1, got -3"),
         ({"num_tokens": '{"gram/vision/x": 3, "gram/text/x": 3}'}, "'gram/text/x' has a count, but no Gram"),
+        ({"settings": "3"}, "settings must be names and values, got 3"),
         ({"behind_merged": None}, "behind_merged is missing"),
         ({"behind_merged": "1"}, "behind_merged must be true or false, got 1"),
         ({"coefficients": "[1]"}, "coefficients must hold factors by expert and name"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modalmerge.cli.app import AsJson, Changes, answer, app, quieten
-from modalmerge.cli.training import _preset, _progress, _stage_text
+from modalmerge.cli.training import resolve_preset, stage_progress, stage_text
 from modalmerge.registry import find
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def heal(
     from modalmerge.study.single import heal_run
 
     find(DATASETS, data, "data set")
-    done = heal_run(_preset(config, changes), merged, experts, output, **_progress(output.name))
-    answer(as_json, done, _stage_text(done))
+    done = heal_run(resolve_preset(config, changes), merged, experts, output, **stage_progress(output.name))
+    answer(as_json, done, stage_text(done))
 
 
 def statistics_from_data(
@@ -83,14 +83,13 @@ def statistics_from_data(
             procedure.
     """
     quieten()
-    import torch
-
     from modalmerge.checkpoint import open_checkpoint
     from modalmerge.data import DATASETS
+    from modalmerge.data.batches import drawn_batches
     from modalmerge.merge.procedures import OWN_SETTINGS, PROCEDURES
     from modalmerge.model import load
     from modalmerge.study.jobs import split_data
-    from modalmerge.study.single import _check_data
+    from modalmerge.study.single import check_data
     from modalmerge.tasks import TASKS
 
     method = content.get("method", "")
@@ -100,20 +99,16 @@ def statistics_from_data(
         if content.get(key):
             raise ValueError(f"{method} from data is for the whole model: leave out {key} ({content[key]!r})")
     find(DATASETS, data, "data set")
-    preset = _preset(config, None)
+    preset = resolve_preset(config, None)
     model, tokenizer = load(source)
-    _check_data(model, len(tokenizer), preset, source)
-    pairs = split_data(preset, "pretrain")
-    if num_samples > len(pairs):
-        raise ValueError(f"--num-samples {num_samples}: the data have {len(pairs)} samples; choose fewer")
+    check_data(model, len(tokenizer), preset, source)
     settings = content.get("settings", {})
     content["settings"] = {key: value for key, value in settings.items() if key not in OWN_SETTINGS[method]}
     task = TASKS["vqa" if settings.get("loss") == "entropy" else "retrieval"]  # whose texts are questions, or captions
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randperm(len(pairs), generator=generator)[:num_samples]
-    batches = [task.make_batch(pairs, part, generator) for part in drawn.split(_BATCH)]
+    pairs = split_data(preset, "pretrain")
+    drawn = drawn_batches(pairs, task.make_batch, num_samples=num_samples, batch_size=_BATCH, random_seed=0)
     seed = None
     if base:
         with open_checkpoint(base) as checkpoint:
             seed = {name: checkpoint.tensor(name).float() for name in checkpoint.names}
-    return PROCEDURES[method](model.float(), batches, settings=settings, base=seed)
+    return PROCEDURES[method](model.float(), list(drawn), settings=settings, base=seed)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modalmerge.cli.app import AsJson, Changes, answer, app
-from modalmerge.cli.training import _preset
+from modalmerge.cli.training import resolve_preset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,25 +39,20 @@ def gram(
 
     find(DATASETS, data, "data set")
     check_output(output)
-    preset = _preset(config, changes)
+    preset = resolve_preset(config, changes)
     find(preset.num_scenes, split, "split")
-    import torch
-
+    from modalmerge.data.batches import drawn_batches
     from modalmerge.merge.procedures.passes import collect_statistics, contrastive_terms
     from modalmerge.model import load
     from modalmerge.study.jobs import split_data
-    from modalmerge.study.single import _check_data
+    from modalmerge.study.single import check_data
     from modalmerge.tasks.retrieval import make_batch
 
     loaded, tokenizer = load(model)
-    _check_data(loaded, len(tokenizer), preset, model)
-    pairs = split_data(preset, split)
-    if num_samples > len(pairs):
-        raise ValueError(f"--num-samples {num_samples}: the split {split} has {len(pairs)} samples; choose fewer")
-    generator = torch.Generator().manual_seed(random_seed)
-    drawn = torch.randperm(len(pairs), generator=generator)[:num_samples]
-    # of about equal size, so that no pair is left alone, which `contrastive_terms` could not compare with anything
-    batches = (make_batch(pairs, part, generator) for part in drawn.tensor_split(-(-num_samples // batch_size)))
+    check_data(loaded, len(tokenizer), preset, model)
+    batches = drawn_batches(
+        split_data(preset, split), make_batch, num_samples=num_samples, batch_size=batch_size, random_seed=random_seed
+    )
     with _reporter(output.name, num_samples) as report:
         statistics = collect_statistics(
             loaded,

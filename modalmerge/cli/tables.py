@@ -39,11 +39,13 @@ _NEEDS = {"base": "a base", "gram": "Gram matrices", "fisher": "squared gradient
 
 def _methods() -> list[dict[str, str]]:
     from modalmerge.merge.methods import METHODS, needs
+    from modalmerge.merge.supply import BEHIND_MERGED
 
     def about(method: Any) -> tuple[str, str, str]:
         text = method.__doc__ or ""
         source = " ".join(text.partition("Source:")[2].split("\n\n")[0].split())
         needed = [_NEEDS[what] for what in needs(method) if what in _NEEDS]
+        needed = ["data"] if method is METHODS[BEHIND_MERGED] else needed
         return text.splitlines()[0], ", ".join(needed), source
 
     return _rows(METHODS, about)

@@ -34,7 +34,7 @@ def study(
     """
     from modalmerge.study.presets import to_dict
 
-    resolved = _preset(preset, changes)
+    resolved = resolve_preset(preset, changes)
     run = output or Path("runs") / resolved.name
     if dry_run:
         from modalmerge.study.jobs import model_config
@@ -110,9 +110,9 @@ def pretrain(
     from modalmerge.study.single import pretrain_run
 
     find(ARCHITECTURES, architecture, "architecture")
-    preset = _preset(config, changes)
-    done = pretrain_run(preset, output, architecture=architecture, seed=seed, **_progress(output.name))
-    answer(as_json, done, _stage_text(done))
+    preset = resolve_preset(config, changes)
+    done = pretrain_run(preset, output, architecture=architecture, seed=seed, **stage_progress(output.name))
+    answer(as_json, done, stage_text(done))
 
 
 @app.command(epilog="Example: modalmerge finetune tiny runs/merged --task vqa -o runs/merged-vqa")
@@ -127,8 +127,8 @@ def finetune(
     """Fine-tune one model on a task; the same command goes on where it stopped."""
     from modalmerge.study.single import finetune_run
 
-    done = finetune_run(_preset(config, changes), model, task, output, **_progress(output.name))
-    answer(as_json, done, _stage_text(done))
+    done = finetune_run(resolve_preset(config, changes), model, task, output, **stage_progress(output.name))
+    answer(as_json, done, stage_text(done))
 
 
 @app.command(epilog="Example: modalmerge evaluate runs/merged --task retrieval")
@@ -146,7 +146,7 @@ def evaluate(
     from modalmerge.study.single import evaluate_run
 
     find(DATASETS, data, "data set")
-    results = evaluate_run(_preset(config, changes), model, task, split)
+    results = evaluate_run(resolve_preset(config, changes), model, task, split)
     metrics = {result.metric: result.value for result in results}
     shown = {"task": task, "split": split, "metrics": metrics, "num_samples": results[0].num_samples}
     lines = [f"{r.metric:18} {r.value:7.2f} {r.unit}" for r in results]
@@ -177,7 +177,7 @@ def data_show(
     )
 
 
-def _preset(name: str, changes: list[str] | None) -> Any:
+def resolve_preset(name: str, changes: list[str] | None) -> Any:
     quieten()
     from modalmerge.study.presets import apply_changes, load_preset, read_preset
 
@@ -195,7 +195,7 @@ def _pairs(changes: list[str] | None) -> dict[str, str]:
     return pairs
 
 
-def _progress(name: str) -> dict[str, Any]:
+def stage_progress(name: str) -> dict[str, Any]:
     """Choose a bar on a terminal, plain lines elsewhere."""
     from modalmerge.train.loop import plain_report
 
@@ -204,7 +204,7 @@ def _progress(name: str) -> dict[str, Any]:
     return {"report": plain_report(name, lambda line: print(line, file=sys.stderr, flush=True))}
 
 
-def _stage_text(done: dict[str, Any]) -> str:
+def stage_text(done: dict[str, Any]) -> str:
     metrics = ", ".join(f"{name} {value:.2f}" for name, value in list(done["metrics"].items())[:1])
     text = f"{done['steps']} steps, loss {done['losses']['loss']:.3f}, validation {metrics}"
     return f"{text}; model in {done['checkpoint']}"

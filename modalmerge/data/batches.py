@@ -1,7 +1,8 @@
 """Arrays that training and evaluation read: images as bytes, texts as token ids, all of one split at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from modalmerge.data.text import encode
 from modalmerge.registry import find
 
 ENCODED_AT_ONCE = 1000  # scenes
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +101,27 @@ def step_samples(num_samples: int, batch_size: int, step: int, random_seed: int)
         order = torch.randperm(num_samples, generator=generator)
         picked += order[offset : offset + batch_size - len(picked)].tolist()
     return torch.tensor(picked)
+
+
+def drawn_batches(
+    data: PairArrays,
+    make_batch: Callable[[PairArrays, Int[Tensor, " B"], torch.Generator], Batch],
+    *,
+    num_samples: int,
+    batch_size: int,
+    random_seed: int,
+) -> Iterator[Batch]:
+    """Draw samples and make batches of them, of about equal size, so that no sample is left alone.
+
+    Args:
+        make_batch: a task's.
+        num_samples: how many of `data`, at most all.
+        batch_size: most in a batch.
+        random_seed: decides which samples, and what `make_batch` draws.
+    """
+    if not 1 <= num_samples <= len(data):
+        raise ValueError(f"num_samples must be in [1, {len(data)}], which the split holds; got {num_samples}")
+    generator = torch.Generator().manual_seed(random_seed)
+    drawn = torch.randperm(len(data), generator=generator)[:num_samples]
+    for part in drawn.tensor_split(-(-num_samples // batch_size)):
+        yield make_batch(data, part, generator)

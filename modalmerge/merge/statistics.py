@@ -2,7 +2,8 @@
 
 The file is a safetensors file with one float32 tensor per key: `gram/EXPERT/INPUT` and `fisher/NAME`. The rest is in
 its metadata, as text: `modalmerge_statistics` (the version, 1), `model`, `num_samples`, and as JSON `num_tokens` (name
-of a Gram -> count), `coefficients` (expert -> merged name -> factor) and `behind_merged` (true or false).
+of a Gram -> count), `coefficients` (expert -> merged name -> factor), `behind_merged` (true or false) and `settings`
+(by name).
 
 Grams are summed in float64 and kept in float32: the products that go into the sum are right to about 1e-6 of its
 diagonal, ten times what rounding the sum once costs, and the file of a base-size model has 1.1 GB instead of 2.2.
@@ -42,6 +43,7 @@ class Statistics:
         fisher: native name of a parameter -> mean of its squared gradients.
         coefficients: (expert, merged name of a parameter) -> factor of the expert's change.
         behind_merged: whether each layer's Grams were taken behind layers that were merged already.
+        settings: of the procedure that made them, where there are any.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Statistics:
     fisher: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     coefficients: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     behind_merged: bool = False
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # -- which model ---------------------------------------------------------------------------------------------
@@ -143,6 +146,7 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
         "num_tokens": json.dumps(num_tokens, sort_keys=True),
         "coefficients": json.dumps(coefficients, sort_keys=True),
         "behind_merged": json.dumps(statistics.behind_merged),
+        "settings": json.dumps(dict(statistics.settings), sort_keys=True),
     }
     with atomic_file(path) as partial:
         write_safetensors(partial, infos, read=rounded, metadata=metadata)
@@ -184,6 +188,9 @@ def open_statistics(path: Path) -> Statistics:
         behind_merged = _read_json(metadata, "behind_merged")
         if not isinstance(behind_merged, bool):
             raise ValueError(f"behind_merged must be true or false, got {behind_merged!r}")
+        settings = _read_json(metadata, "settings")
+        if not isinstance(settings, dict):
+            raise ValueError(f"settings must be names and values, got {settings!r}")
     except ValueError as error:
         raise ValueError(f"{path}: broken statistics: {error}; collect them again") from error
     grams = {_gram_key(name): name for name in checkpoint.names if name.startswith("gram/")}
@@ -200,6 +207,7 @@ def open_statistics(path: Path) -> Statistics:
             for name, factor in factors.items()
         },
         behind_merged=behind_merged,
+        settings=settings,
     )
 
 

@@ -204,8 +204,8 @@ def describe_statistics(statistics: Statistics) -> dict[str, Any]:
     """Say what statistics a merge used, for its record.
 
     Returns:
-        {"model", "num_samples", "num_tokens": {expert: most over its inputs}, "content": hash of names, counts and
-        coefficients}.
+        {"model", "num_samples", "num_tokens": {expert: most over its inputs}, "settings": of the procedure that made
+        them, "content": hash of names, counts and coefficients}.
     """
     hasher = xxhash.xxh3_128(f"{statistics.model}\n{statistics.num_samples}\n".encode())
     tokens: dict[str, int] = {}
@@ -219,5 +219,6 @@ def describe_statistics(statistics: Statistics) -> dict[str, Any]:
         "model": statistics.model,
         "num_samples": statistics.num_samples,
         "num_tokens": tokens,
+        "settings": dict(statistics.settings),
         "content": hasher.hexdigest(),
     }

@@ -81,7 +81,7 @@ def finetune_run(
     if _finished(run, asked):
         return _summary(run)
     loaded, tokenizer = load(start)
-    _check_data(loaded, len(tokenizer), preset, start)
+    check_data(loaded, len(tokenizer), preset, start)
     model = with_task_head(loaded, task, random_seed=preset.random_seeds[0], answers=scenes.ANSWERS)
     settings = dataclasses.replace(preset.finetuning[task], random_seed=preset.random_seeds[0])
     scratch, data = _scratch(run, asked), split_data(preset, "finetune")
@@ -102,7 +102,7 @@ def heal_run(
     if _finished(run, asked):
         return _summary(run)
     model, tokenizer = load(merged)
-    _check_data(model, len(tokenizer), preset, merged)
+    check_data(model, len(tokenizer), preset, merged)
     teacher, _ = load(experts)
     settings = dataclasses.replace(preset.healing, random_seed=preset.random_seeds[0])
     scratch, data = _scratch(run, asked), split_data(preset, "pretrain")
@@ -116,7 +116,7 @@ def evaluate_run(preset: Preset, source: Path, task: str, split: str) -> list[Re
     find(TASKS, task, "task")
     find(preset.num_scenes, split, "split")
     model, tokenizer = load(source)
-    _check_data(model, len(tokenizer), preset, source)
+    check_data(model, len(tokenizer), preset, source)
     return evaluate(model, task, split_data(preset, split))
 
 
@@ -135,7 +135,7 @@ def _check_same_size(model: ModalMergeModel, wanted: Any, source: Path) -> None:
         raise ValueError(f"{source} does not fit the preset: {told}")
 
 
-def _check_data(model: ModalMergeModel, num_words: int, preset: Preset, source: Path) -> None:
+def check_data(model: ModalMergeModel, num_words: int, preset: Preset, source: Path) -> None:
     if model.config.image_size != preset.image_size:
         raise ValueError(
             f"{source} takes images of {model.config.image_size} pixels, the preset's data have {preset.image_size}"

@@ -237,4 +237,5 @@ def learn_coefficients(
         model=identify_tensors(model.state_dict()),
         num_samples=sum(len(batch["input_ids"]) for batch in batches),
         coefficients=changes.coefficients(values.detach()),
+        settings=dataclasses.asdict(settings),
     )
