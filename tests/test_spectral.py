@@ -413,4 +413,4 @@ class TestMemo:
             assert all(torch.equal(x, expected[(number + i) % 12]) for i, x in enumerate(merged))
         assert 0 < memo.num_bytes <= memo.limit_bytes
         assert memo.num_bytes == sum(spectral._num_bytes(x) for x in memo._kept.values())
-        assert memo.num_hits + memo.num_misses == 8 * 24 * 8
+        assert memo.num_hits + memo.num_misses == 8 * 24 * 4

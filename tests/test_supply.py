@@ -7,7 +7,9 @@ import pytest
 import torch
 from plain_merges import read, write
 
+import modalmerge
 from modalmerge.layouts import LAYOUTS
+from modalmerge.merge import apply
 from modalmerge.merge.apply import merge_checkpoint, merge_tensors
 from modalmerge.merge.methods import MEASURED, METHODS, PER_MATRIX
 from modalmerge.merge.recipe import Recipe, Where
@@ -106,9 +108,13 @@ def test_a_finished_merge_is_found_again_only_with_the_same_statistics(tmp_path)
     merge_checkpoint(source, tmp_path / "out", recipe=recipe, statistics=statistics)
     again = merge_checkpoint(source, tmp_path / "out", recipe=recipe, statistics=statistics, resume=True, verify=True)
     assert again.bytes_written == 0
-    other = dataclasses.replace(statistics, num_samples=8)
-    with pytest.raises(ValueError, match="exists"):
-        merge_checkpoint(source, tmp_path / "out", recipe=recipe, statistics=other, resume=True)
+    grams = {key: gram * 2 if key[0] == "text" else gram for key, gram in statistics.grams.items()}
+    for other in ({"num_samples": 8}, {"grams": grams}):
+        with pytest.raises(ValueError, match="exists"):
+            changed = dataclasses.replace(statistics, **other)
+            merge_checkpoint(source, tmp_path / "out", recipe=recipe, statistics=changed, resume=True)
+    unused = dataclasses.replace(statistics, fisher={})  # RegMean reads none
+    merge_checkpoint(source, tmp_path / "out", recipe=recipe, statistics=unused, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +185,61 @@ def test_a_gram_of_the_wrong_size_is_named():
     tensors, _ = specific()
     found = statistics_of(tensors)
     grams = {**found.grams, ("text", "layers.0.ffn.fc1"): torch.eye(3)}
-    with pytest.raises((ValueError, RuntimeError)) as caught:
+    message = r"the Gram of text for 'layers.0.ffn.fc1' has the shape \[3, 3\], the parameter wants \[16, 16\]"
+    with pytest.raises(ValueError, match=message) as caught:
         merge(tensors, "regmean", statistics=dataclasses.replace(found, grams=grams))
-    assert "layers.0.ffn.fc1.weight" in "".join(caught.value.__notes__)
+    assert caught.value.__notes__ == ["while merging layers.0.ffn.fc1.weight"]
+    fisher = {**found.fisher, "layers.0.norm1.text.weight": torch.ones(2)}
+    with pytest.raises(ValueError, match="the squared gradients of layers.0.norm1.text.weight has the shape"):
+        merge(tensors, "fisher", statistics=dataclasses.replace(found, fisher=fisher))
+
+
+def test_counts_are_needed_only_to_divide_by_them():
+    tensors, _ = specific()
+    found = dataclasses.replace(statistics_of(tensors), num_tokens={})
+    merge(tensors, "regmean", statistics=found)
+    with pytest.raises(ValueError, match='"tokens" needs the number of tokens of each Gram'):
+        merge(tensors, "regmean", statistics=found, settings={"normalise": "tokens"})
+
+
+@pytest.mark.parametrize("method", ["regmean", "tsv_m", "dare", "breadcrumbs"])
+def test_verification_of_whole_parameters_finds_what_is_wrong(tmp_path, monkeypatch, method):
+    tensors, seed = specific()
+    sixteen = {name: value.bfloat16() for name, value in tensors.items()}
+    source, base = write(tmp_path / "in", sixteen, files={}), write(tmp_path / "seed", seed, files={})
+    found = statistics_of(sixteen)
+    merge_checkpoint(source, tmp_path / "good", recipe=Recipe(method=method), base=base, statistics=found, verify=True)
+    compare = apply.verify_folder
+
+    def damaged(folder, *rest):
+        path = folder / "model.safetensors"
+        values = read(folder)
+        name = "layers.1.ffn.fc2.weight"
+        values[name][2, 3:6] *= 1.02  # two or three units in the last place
+        content = path.read_bytes()
+        old = read(folder)[name].view(torch.uint8).numpy().tobytes()
+        path.write_bytes(content.replace(old, values[name].view(torch.uint8).numpy().tobytes()))
+        return compare(folder, *rest)
+
+    monkeypatch.setattr(apply, "verify_folder", damaged)
+    with pytest.raises(ValueError, match="verification failed: layers.1.ffn.fc2.weight differs"):
+        merge_checkpoint(
+            source, tmp_path / "bad", recipe=Recipe(method=method), base=base, statistics=found, verify=True
+        )
+
+
+def test_what_is_given_in_vain_is_said():
+    tensors, seed = specific()
+    _, record = merge(tensors, "arithmetic", seed, statistics=statistics_of(tensors))
+    assert "arithmetic uses no statistics; those given were not read" in record.warnings
+    assert record.statistics is None
+
+
+def test_the_package_can_be_called_with_statistics(tmp_path):
+    tensors, _ = specific()
+    source = write(tmp_path / "in", tensors, files={})
+    record = modalmerge.merge(source, tmp_path / "out", method="regmean", statistics=statistics_of(tensors))
+    assert record.statistics["num_samples"] == 7
 
 
 def test_several_checkpoints_have_no_statistics(tmp_path):
@@ -229,6 +287,17 @@ def test_fused_projections_are_split_for_methods_that_look_at_whole_matrices():
     parts = [METHODS["tsv_m"](seed[name][i : i + size], experts[:, i : i + size]) for i in range(0, 3 * size, size)]
     assert torch.allclose(merged[name], torch.cat(parts), atol=1e-6)
     assert not torch.allclose(merged[name], METHODS["tsv_m"](seed[name], experts), atol=1e-4)
+
+
+def test_several_checkpoints_warn_of_fused_projections(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    sources = {
+        name: write(tmp_path / name, {"h.0.attn.c_attn.weight": torch.randn(12, 4, generator=generator)}, files={})
+        for name in ("one", "two", "base")
+    }
+    base = sources.pop("base")
+    record = merge_checkpoint(sources, tmp_path / "out", recipe=Recipe(method="iso_c"), base=base).record
+    assert any("1 fused projections, such as h.0.attn.c_attn.weight, are merged as one" in x for x in record.warnings)
 
 
 def test_the_tables_name_methods():

@@ -34,7 +34,7 @@ def gram(
 ) -> None:
     """Collect what the linear layers of each expert see, which `regmean` needs, and what `fisher` needs."""
     from modalmerge.data import DATASETS
-    from modalmerge.merge.statistics import check_output, write_statistics
+    from modalmerge.merge.statistics import check_output, most_tokens, write_statistics
     from modalmerge.registry import find
 
     find(DATASETS, data, "data set")
@@ -63,9 +63,7 @@ def gram(
             report=report,
         )
     write_statistics(statistics, output)
-    counts: dict[str, int] = {}
-    for (expert, _), count in statistics.num_tokens.items():
-        counts[expert] = max(count, counts.get(expert, 0))
+    counts = most_tokens(statistics)
     shown = {
         "num_samples": statistics.num_samples,
         "num_tokens": counts,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modalmerge.merge.statistics import Statistics
     from modalmerge.records import MergeRecord
 
 
@@ -23,6 +24,8 @@ class _CallablePackage(types.ModuleType):
         method: str = "interpolation",
         layout: str = "",
         base: str | Path | None = None,
+        statistics: "str | Path | Statistics | None" = None,
+        keep_fraction: float = 0.0,
         **settings: Any,
     ) -> "MergeRecord":
         """Merge the experts of a checkpoint, or several checkpoints, into a new folder.
@@ -35,6 +38,8 @@ class _CallablePackage(types.ModuleType):
             method: a name of `METHODS`.
             layout: a name of `LAYOUTS` or a file; "" to find it by the names.
             base: file or folder with the seed, where the method takes one.
+            statistics: file that `modalmerge gram` wrote, or what it holds, where the method takes them.
+            keep_fraction: share of what merging would save that stays per expert, where experts are furthest apart.
             settings: the method's, by name.
 
         Returns:
@@ -46,8 +51,8 @@ class _CallablePackage(types.ModuleType):
         from modalmerge.merge.apply import merge_checkpoint
         from modalmerge.merge.recipe import Recipe
 
-        recipe = Recipe(method=method, layout=layout, settings=settings)
-        return merge_checkpoint(source, Path(output), recipe=recipe, base=base).record
+        recipe = Recipe(method=method, layout=layout, settings=settings, keep_fraction=keep_fraction)
+        return merge_checkpoint(source, Path(output), recipe=recipe, base=base, statistics=statistics).record
 
 
 sys.modules[__name__].__class__ = _CallablePackage

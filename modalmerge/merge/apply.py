@@ -116,7 +116,8 @@ def merge_tensors(
             merged[output.name] = tensors[output.name].clone()
         else:
             try:
-                merged[output.name], numbers = compute(plan, output, read, statistics=statistics)
+                values, numbers = compute(plan, output, read, statistics=statistics)
+                merged[output.name] = values.to(tensors[output.sources[0].name or next(iter(tensors))].device)
                 finished[output.name] = Done(digests={}, nonfinite={}, numbers=numbers, bytes_read=0)
             except Exception as error:
                 error.add_note(f"while merging {output.name}")
@@ -196,7 +197,10 @@ def merge_checkpoint(
     if record is not None:
         forget(output)
         num_verified = verify_folder(output, plan, inputs, _numbers(record), found) if verify else 0
-        return _outcome(record, output, began, bytes_read=0, bytes_written=0, num_verified=num_verified)
+        for checkpoint in inputs:
+            checkpoint.close()
+        read = reader.done.bytes_read
+        return _outcome(record, output, began, bytes_read=read, bytes_written=0, num_verified=num_verified)
     metadata = {
         "format": "pt",
         "modalmerge": __version__,
@@ -324,7 +328,7 @@ def _check_identity(statistics: Statistics, identity: str, source: str) -> None:
 
 def _describe_used(plan: Plan, statistics: Statistics | None) -> dict[str, Any] | None:
     uses = any(what in FROM_STATISTICS for what in takes(METHODS[plan.method]))
-    return None if statistics is None or not uses else describe_statistics(statistics)
+    return None if statistics is None or not uses else describe_statistics(plan.method, statistics)
 
 
 def _plan(

@@ -10,7 +10,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from modalmerge.checkpoint import Checkpoint
@@ -20,7 +19,7 @@ from modalmerge.merge.outputs import CHANGES, WEIGHTS, Plan, Source
 from modalmerge.merge.plan import Infos, check_base, common_info, plan_experts
 from modalmerge.merge.recipe import Recipe
 from modalmerge.merge.statistics import Statistics
-from modalmerge.merge.stream import PIECE, Done, tensor_digest
+from modalmerge.merge.stream import Done, digest_whole
 from modalmerge.registry import find
 
 _MODULES = {"norm1": "attention", "norm2": "ffn"}  # of the norms
@@ -59,8 +58,7 @@ class WholeReader:
     def __call__(self, source: Source) -> Tensor:
         """Read the values of a source."""
         tensor = self._inputs[source.checkpoint].tensor(source.name)
-        pieces = (piece.view(torch.uint8).numpy().data for piece in torch.split(tensor.reshape(-1), PIECE))
-        self.done.digests[source] = tensor_digest([xxhash.xxh3_128_digest(piece) for piece in pieces])
+        self.done.digests[source] = digest_whole(tensor)
         self.done.bytes_read += tensor.nbytes
         return tensor
 
@@ -91,7 +89,12 @@ def plan_within_budget(
     plan = plan_experts(infos, layout, recipe, base=base, statistics=statistics)
     if not recipe.keep_fraction:
         return plan
-    groups = rank_groups(infos, layout, recipe, read, base=base)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a sum over several threads is rounded differently, and distances are recorded
+    try:
+        groups = rank_groups(infos, layout, recipe, read, base=base)
+    finally:
+        torch.set_num_threads(threads_before)
     chosen = choose_kept(groups, recipe.keep_fraction)
     kept = {name for group in chosen for name in group.parameters}
     if recipe.keep_fraction == 1:  # nothing is merged, so that what one expert has alone keeps its name, too

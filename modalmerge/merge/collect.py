@@ -168,8 +168,8 @@ class GramCollector:
         unseen = [name for key, (name, _) in self._modules.items() if key not in self._sums or not self.num_tokens[key]]
         if unseen:
             raise ValueError(
-                f"{len(unseen)} modules saw no token, such as {unseen[0]!r}; give data that reach them, or leave "
-                "them out"
+                f"{len(unseen)} modules saw no token, such as {unseen[0]!r}; collect again on data that reach "
+                "them, or leave them out"
             )
         num_tokens = dict(self.num_tokens)
         return {key: self._sums.pop(key).matrix() for key in sorted(self._sums)}, num_tokens
@@ -279,18 +279,19 @@ class FisherSum:
         Raises:
             ValueError: no term depends on a parameter.
         """
+        sums = {name: own.clone() for name, own in self._sums.items()}
         if is_distributed():
-            for own in self._sums.values():
+            for own in sums.values():
                 distributed.all_reduce(own)
         # not by whether there was a gradient: what is concatenated with terms of others has one, of zeros
-        zero = [name for name, own in self._sums.items() if own.numel() and not bool(own.any())]
+        zero = [name for name, own in sums.items() if own.numel() and not bool(own.any())]
         if zero:
             raise ValueError(
                 f"all gradients of {len(zero)} parameters are zero, such as {zero[0]!r}; give log-likelihoods that "
                 "depend on them, or leave them out"
             )
-        num_terms = sum_over_ranks(self.num_terms, next(iter(self._sums.values())).device)
-        return {name: own / num_terms for name, own in self._sums.items()}
+        num_terms = sum_over_ranks(self.num_terms, next(iter(sums.values())).device)
+        return {name: own / num_terms for name, own in sums.items()}
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ from modalmerge.merge.methods import METHODS, PER_MATRIX, expert_weights, needs,
 from modalmerge.merge.outputs import Output, Plan, Source
 from modalmerge.merge.recipe import Recipe
 from modalmerge.merge.statistics import Statistics
-from modalmerge.merge.supply import check_given, check_parameter, is_split, linear_input, try_method
+from modalmerge.merge.supply import FROM_STATISTICS, check_given, check_parameter, is_split, linear_input, try_method
 from modalmerge.registry import find, nearest, unknown
 
 DEFAULT_RATIO = 0.5  # the share of vision with which the paper's tables are made
 MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FUSED = re.compile(r"qkv|query_key_value|c_attn|in_proj_weight")  # names where no layout says which rows are which
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
 
 Infos = Mapping[str, TensorInfo]
@@ -119,7 +120,7 @@ def plan_experts(
         raise ValueError(f"nothing is merged: no expert's tensor fits {recipe.where}; the parts are {', '.join(parts)}")
     if not kept:  # else they may hold for what is kept
         resolver.check_overrides_held()
-    warnings = resolver.warnings(base, is_read=recipe.keep_fraction > 0)
+    warnings = resolver.warnings(base, statistics, is_read=recipe.keep_fraction > 0)
     if alone and len(experts) > 1:
         warnings.append(f"{len(alone)} tensors are the only expert of their parameter, such as {alone[0]}")
     if remaining and not (nothing_merged or recipe.tied) and layout.name != "modalmerge":
@@ -227,7 +228,10 @@ def plan_models(inputs: Mapping[str, Infos], recipe: Recipe, *, base: Infos | No
         left_out=left_out,
         undeclared=(),
         remaining=(),
-        warnings=tuple(resolver.warnings(base, is_read=bool(recipe.where.layers))),
+        warnings=(
+            *resolver.warnings(base, None, is_read=bool(recipe.where.layers)),
+            *_whole_matrices(recipe.method, outputs, None),
+        ),
     )
     _check_all_accounted(plan, list(inputs.values()), names)
     return plan
@@ -336,11 +340,14 @@ class _Resolver:
             if number not in self._held:
                 raise ValueError(f"the settings for {override.where} hold for nothing that is merged")
 
-    def warnings(self, base: Infos | None, *, is_read: bool) -> list[str]:
+    def warnings(self, base: Infos | None, statistics: Statistics | None, *, is_read: bool) -> list[str]:
         """Say what was given and is not used; the base may be read for something else than the method."""
+        method, warnings = self._recipe.method, []
         if base is not None and "base" not in takes(self.function) and not is_read:
-            return [f"{self._recipe.method} uses no base; the one given was not read"]
-        return []
+            warnings.append(f"{method} uses no base; the one given was not read")
+        if statistics is not None and not set(FROM_STATISTICS) & set(takes(self.function)):
+            warnings.append(f"{method} uses no statistics; those given were not read")
+        return warnings
 
 
 def _whole_matrices(method: str, outputs: Sequence[Output], statistics: Statistics | None) -> list[str]:
@@ -348,11 +355,11 @@ def _whole_matrices(method: str, outputs: Sequence[Output], statistics: Statisti
     merged = [output for output in outputs if len(output.experts) > 1 and len(output.info.shape) == 2]
     warnings = []
     if method in PER_MATRIX:
-        fused = [output for output in merged if output.fused and not is_split(output)]
+        fused = [x for x in merged if (x.fused or _FUSED.search(x.name)) and not is_split(x)]
         if fused:
             warnings.append(
-                f"{len(fused)} fused projections, such as {fused[0].name} ({fused[0].fused}), are merged as one matrix "
-                "each: their rows cannot be told apart"
+                f"{len(fused)} fused projections, such as {fused[0].name}, are merged as one matrix each: what their "
+                "rows are cannot be told"
             )
     alone = [output.name for output in merged if not output.input]
     if "gram" in needs(METHODS[method]) and statistics is not None and alone:

@@ -56,6 +56,14 @@ class Statistics:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def most_tokens(statistics: Statistics) -> dict[str, int]:
+    """Say how many tokens each expert saw: of its linear inputs those with the most."""
+    tokens: dict[str, int] = {}
+    for (expert, _), count in statistics.num_tokens.items():
+        tokens[expert] = max(count, tokens.get(expert, 0))
+    return tokens
+
+
 # -- which model ---------------------------------------------------------------------------------------------
 
 
@@ -119,8 +127,8 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
         path: file to write, which must not exist and ends in .safetensors.
 
     Raises:
-        ValueError: `path` is not free, a Gram is not square or has no count, a tensor is not finite, or writing
-            failed.
+        ValueError: `path` is not free, a Gram is not square, not symmetric or has no count, a count, a squared gradient
+            or a coefficient is not allowed, a tensor is not finite, or writing failed.
     """
     check_output(path)
     grams = {_gram_name(key): key for key in statistics.grams}

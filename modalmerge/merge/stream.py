@@ -155,6 +155,11 @@ def compute(
     return merged.cpu(), numbers
 
 
+def digest_whole(values: Tensor) -> str:
+    """Hash a whole tensor, which is contiguous and on the CPU, as `tensor_digest` does from its pieces."""
+    return tensor_digest([xxhash.xxh3_128_digest(_bytes_of(piece)) for piece in torch.split(values.reshape(-1), PIECE)])
+
+
 def tensor_digest(pieces: Sequence[bytes]) -> str:
     """Hash a tensor from the digests (XXH3, 128 bits) of its pieces of `PIECE` elements, in their order."""
     return xxhash.xxh3_128_hexdigest(b"".join(pieces))

@@ -1,10 +1,11 @@
 """Call a method: with the weights, and with what else it takes by name (statistics, random generators).
 
-What is missing or does not fit is said while a merge is planned, from names and shapes.
+What is missing is said while a merge is planned, from names; sizes are checked when a parameter's turn comes.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from modalmerge.layouts import ZEROS, Layout
 from modalmerge.merge.methods import MEASURED, METHODS, PER_MATRIX, needs, takes
 from modalmerge.merge.outputs import Output
-from modalmerge.merge.statistics import Statistics
+from modalmerge.merge.statistics import Statistics, most_tokens
 
 FROM_STATISTICS = ("gram", "num_tokens", "fisher", "coefficients")
 _ADVICE = {
@@ -24,6 +25,7 @@ _ADVICE = {
     "--statistics",
     "coefficients": "coefficients that are learned from data; give --data",
 }
+_WORST: Mapping[str, Callable[[Iterable[float]], float]] = {"rank": min}  # of the parts; of other numbers the largest
 BEHIND_MERGED = "regmean_plus"  # whose Grams are taken behind merged layers
 SPLIT_ORDER = "q|k|v"  # the one order of fused rows that can be split without knowing the number of heads
 
@@ -42,13 +44,13 @@ def call_method(
 
     Returns:
         The merged parameter, and what the method measured. A fused projection is merged part by part by methods that
-        look at a matrix as a whole; of its parts the largest numbers are given.
+        look at a matrix as a whole; of its parts the largest numbers are given, and the lowest rank.
     """
     if name in PER_MATRIX and is_split(output):
         thirds = experts.chunk(3, dim=1)
         bases = [None] * 3 if base is None else base.chunk(3)
         parts = [_call(name, output, *tensors, statistics) for tensors in zip(thirds, bases, strict=True)]
-        numbers = {key: max(found[key] for _, found in parts) for key in parts[0][1]}
+        numbers = {key: _WORST.get(key, max)(found[key] for _, found in parts) for key in parts[0][1]}
         return torch.cat([merged for merged, _ in parts]), numbers
     return _call(name, output, experts, base, statistics)
 
@@ -78,9 +80,9 @@ def _supply(what: str, output: Output, statistics: Statistics | None, device: to
         return [seeded_generator(random_seed, output.name, expert) for expert in output.experts]
     assert statistics is not None, "checked while planning"
     if what == "fisher":
-        zeros = torch.zeros(output.info.shape)
-        natives = [source.name for source in output.sources]
-        return torch.stack([zeros if name == ZEROS else statistics.fisher[name] for name in natives]).to(device)
+        shape, natives = tuple(output.info.shape), [source.name for source in output.sources]
+        squares = [torch.zeros(shape) if name == ZEROS else statistics.fisher[name] for name in natives]
+        return _stack(squares, natives, shape, "squared gradients", device)
     if what == "coefficients":
         factors = [statistics.coefficients[expert, output.name] for expert in output.experts]
         return torch.tensor(factors, dtype=torch.float64, device=device)
@@ -88,8 +90,23 @@ def _supply(what: str, output: Output, statistics: Statistics | None, device: to
         return None
     keys = [(expert, output.input) for expert in output.experts]
     if what == "num_tokens":
-        return torch.tensor([statistics.num_tokens[key] for key in keys], dtype=torch.float64, device=device)
-    return torch.stack([statistics.grams[key] for key in keys]).to(device)
+        counts = [statistics.num_tokens.get(key) for key in keys]
+        return None if None in counts else torch.tensor(counts, dtype=torch.float64, device=device)
+    size = math.prod(output.info.shape[1:])
+    grams = [statistics.grams[key] for key in keys]
+    return _stack(grams, [f"{expert} for {output.input!r}" for expert in output.experts], (size, size), "Gram", device)
+
+
+def _stack(
+    tensors: Sequence[Tensor], names: Sequence[str], shape: tuple[int, ...], what: str, device: torch.device
+) -> Tensor:
+    for tensor, name in zip(tensors, names, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"the {what} of {name} has the shape {list(tensor.shape)}, the parameter wants {list(shape)}; collect "
+                "the statistics on this model"
+            )
+    return torch.stack([tensor.to(device) for tensor in tensors])
 
 
 def seeded_generator(random_seed: int, tensor: str, expert: str) -> torch.Generator:
@@ -200,25 +217,31 @@ def check_parameter(name: str, output: Output, statistics: Statistics | None) ->
                 )
 
 
-def describe_statistics(statistics: Statistics) -> dict[str, Any]:
+def describe_statistics(name: str, statistics: Statistics) -> dict[str, Any]:
     """Say what statistics a merge used, for its record.
+
+    Args:
+        name: of the method.
+        statistics: all that it takes of them is read.
 
     Returns:
         {"model", "num_samples", "num_tokens": {expert: most over its inputs}, "settings": of the procedure that made
-        them, "content": hash of names, counts and coefficients}.
+        them, "content": hash of what the method takes}.
     """
     hasher = xxhash.xxh3_128(f"{statistics.model}\n{statistics.num_samples}\n".encode())
-    tokens: dict[str, int] = {}
     for (expert, found), count in sorted(statistics.num_tokens.items()):
-        tokens[expert] = max(count, tokens.get(expert, 0))
         hasher.update(f"{expert}\t{found}\t{count}\n".encode())
     for key, factor in sorted(statistics.coefficients.items()):
         hasher.update(f"{key}\t{factor!r}\n".encode())
-    hasher.update("\n".join(sorted(statistics.fisher)).encode())
+    tensors: dict[str, Mapping[Any, Tensor]] = {"gram": statistics.grams, "fisher": statistics.fisher}
+    for what, by_key in tensors.items():
+        for key in sorted(by_key) if what in takes(METHODS[name]) else ():
+            hasher.update(f"{key}\n".encode())
+            hasher.update(by_key[key].detach().cpu().contiguous().numpy().data)
     return {
         "model": statistics.model,
         "num_samples": statistics.num_samples,
-        "num_tokens": tokens,
+        "num_tokens": most_tokens(statistics),
         "settings": dict(statistics.settings),
         "content": hasher.hexdigest(),
     }

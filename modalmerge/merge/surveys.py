@@ -200,4 +200,4 @@ SURVEYS: Mapping[str, Callable[[int, Mapping[str, Any]], Survey]] = {
     "ties": ThresholdSurvey,
 }
 # Methods that can be applied to a parameter piece by piece; the others get it whole.
-PIECEWISE = frozenset({"interpolation", "arithmetic", "arithmetic_as_released", "magmax", *SURVEYS})
+PIECEWISE = frozenset({"interpolation", "arithmetic", "arithmetic_as_released", "magmax", "learned", *SURVEYS})

@@ -21,6 +21,7 @@ from modalmerge.merge.methods.elementwise import (
 from modalmerge.merge.methods.linear import (
     fisher,
     learned,
+    measured_fisher,
     measured_regmean,
     measured_wudi,
     regmean,
@@ -56,6 +57,7 @@ METHODS: Mapping[str, Callable[..., Tensor]] = {
 
 # Methods that also say how well something was solved: same arguments, and the tensor comes with the numbers.
 MEASURED: Mapping[str, Callable[..., tuple[Tensor, dict[str, float]]]] = {
+    "fisher": measured_fisher,
     "regmean": measured_regmean,
     "regmean_plus": measured_regmean,
     "wudi": measured_wudi,

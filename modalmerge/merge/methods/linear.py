@@ -240,7 +240,7 @@ def fisher(
 
     Returns:
         New tensor, dtype and device of `experts`; each element lies between those of the experts. Sums run in float64;
-        the result is rounded once.
+        the result is rounded once. See `measured_fisher` for how much the floor decides.
 
     Raises:
         ValueError: there is no expert, `floor` is not above 0, or `fisher` has another shape, negative elements, NaN or
@@ -249,6 +249,20 @@ def fisher(
     Source:
         Matena and Raffel 2022, arXiv:2111.09832, section 3.2, with the floor of their code. Departure: no weights of
         the experts beside.
+    """
+    return measured_fisher(experts, fisher, floor=floor)[0]
+
+
+def measured_fisher(
+    experts: Float[Tensor, " expert *dims"],
+    fisher: Float[Tensor, " expert *dims"],
+    *,
+    floor: float = 1e-6,
+) -> tuple[Float[Tensor, " *dims"], dict[str, float]]:
+    """Merge as `fisher`, and say how much the floor decides.
+
+    Returns:
+        The tensor; and "floored", the share of squared gradients below the floor.
     """
     check_experts("fisher", experts)
     if not 0 < floor < math.inf:
@@ -259,7 +273,7 @@ def fisher(
             f"{len(experts)} parameters of shape {tuple(experts.shape[1:])}; collect them on these experts"
         )
     average = experts.mean(0, dtype=torch.float64)
-    total, misfit = torch.zeros_like(average), torch.zeros_like(average)
+    total, misfit, num_floored = torch.zeros_like(average), torch.zeros_like(average), 0
     for position, (expert, squares) in enumerate(zip(experts, fisher, strict=True)):
         if not bool(((squares >= 0) & (squares < math.inf)).all()):
             raise ValueError(
@@ -267,9 +281,11 @@ def fisher(
                 "collect them again"
             )
         weight = squares.to(torch.float64).clamp(min=floor)
+        num_floored += int(torch.count_nonzero(squares < floor))
         total.add_(weight)
         misfit.add_(weight.mul_(expert.to(torch.float64) - average))
-    return narrow(misfit.div_(total).add_(average), experts.dtype)
+    numbers = {"floored": num_floored / fisher.numel()} if fisher.numel() else {}
+    return narrow(misfit.div_(total).add_(average), experts.dtype), numbers
 
 
 def learned(
@@ -377,6 +393,8 @@ def with_ridge(
         )
     # what is below 0 can only be rounding, such as of Grams in float32, and so can what is of its size above 0
     kept, numbers = _keep_eigenvalues(values, at_least=-10 * least)
+    if numbers["rank"]:
+        numbers["condition"] = float((values[-1] + height) / (values[-int(numbers["rank"])] + height))
     inverse = torch.where(kept, values + height, math.inf).reciprocal()
     return (misfit @ vectors).mul_(inverse) @ vectors.T, numbers
 
@@ -398,9 +416,10 @@ def with_flow(
         The correction, and the condition number and rank of the Gram.
     """
     values, vectors = torch.linalg.eigh(gram)
-    _, numbers = _keep_eigenvalues(values)
+    kept, numbers = _keep_eigenvalues(values)
     positive = values.clamp(min=torch.finfo(values.dtype).tiny)  # where f is t to the last bit
-    filtered = torch.expm1(-time * positive).neg_().div_(positive)
+    # none for what may be rounding: in a very long time it would grow to anything
+    filtered = torch.where(kept, torch.expm1(-time * positive).neg_().div_(positive), 0.0)
     return (misfit @ vectors).mul_(filtered) @ vectors.T, numbers
 
 

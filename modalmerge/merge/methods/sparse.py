@@ -235,7 +235,8 @@ def della(
         Deep et al. 2024, "DELLA-Merging", arXiv:2406.11617, section 3 (MagPrune), with the settings of the authors'
         README. An element that r of the n in its row exceed is dropped with p - epsilon / 2 + r epsilon / n; their
         code has n - 1 for n, which has no value for rows of one element. A row is all that one output is computed
-        from; vectors are one row. Further departures: those of `dare`; a zero sum elects no sign.
+        from; vectors are one row. Equally large elements are ranked by their place in the row. Further departures:
+        those of `dare`; a zero sum elects no sign.
     """
     _check_drawn("della", experts, density, scale, random_seed)
     if not (window >= 0 and density - window / 2 > 0 and density + window / 2 <= 1):
@@ -361,7 +362,7 @@ def _average_agreeing(kept: Sequence[Tensor], *, sign: Tensor) -> Tensor:
 def _keep_any(density: float, generators: Sequence[torch.Generator]) -> Callable[[int, Tensor], Tensor]:
     """Make the sparsifier of DARE, whose elements have one probability to be kept."""
     return lambda number, change: _draw(
-        change, torch.full(change.shape, density, dtype=torch.float64, device=change.device), generators[number]
+        change, torch.tensor(density, dtype=torch.float64, device=change.device), generators[number]
     )
 
 
@@ -369,8 +370,14 @@ def _draw(change: Tensor, keep: Tensor, generator: torch.Generator) -> Tensor:
     """Keep every element with its probability, divided by that; where none is left that changed, keep the largest.
 
     The largest is kept when it is drawn or when no other is, so its probability is its own and that of drawing none.
+
+    Args:
+        change: of one expert.
+        keep: probability of every element, or one for all.
+        generator: what is drawn from.
     """
-    flat, keep = change.reshape(-1), keep.reshape(-1)
+    flat = change.reshape(-1)
+    keep = keep.reshape(-1).expand(len(flat))
     changed = flat != 0
     if not changed.any():
         return change
@@ -380,9 +387,12 @@ def _draw(change: Tensor, keep: Tensor, generator: torch.Generator) -> Tensor:
     largest = flat.abs().argmax()
     if not drawn.any():
         drawn[largest] = True
+    del numbers
     none = torch.where(changed, 1 - keep, 1.0).prod()
-    keep[largest] += none
-    return torch.where(drawn, flat / keep, 0.0).to(change.dtype).reshape(change.shape)
+    kept = torch.where(drawn, flat / keep, 0.0)
+    if drawn[largest]:
+        kept[largest] = flat[largest] / (keep[largest] + none)
+    return kept.to(change.dtype).reshape(change.shape)
 
 
 def _kth_largest(sizes: Tensor, k: int) -> float:

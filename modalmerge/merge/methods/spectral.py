@@ -33,8 +33,8 @@ from modalmerge.merge.methods.rounding import holds_nonfinite, narrow
 RANK_TOLERANCE = 1e-5
 # Below it the decomposition itself is not to be relied on; see `decompose`.
 _LEAST_TOLERANCE = 1e-7
-# Those of one matrix of width 768 by all three methods are eleven with three experts, of 4.7 MB each. Larger would only
-# help where all matrices of a large model are merged again and again in one process, and would cost every merge.
+# For trying several scales or methods on a parameter: those of one matrix of width 768 by all three methods are eleven
+# with three experts, of 4.7 MB each. A single merge decomposes nothing twice without it.
 MEMO_BYTES = 64 * 2**20
 # Directions: left vectors (rows, k), singular values (k), right vectors (columns, k)
 Triplet = tuple[Tensor, Tensor, Tensor]
@@ -78,9 +78,13 @@ def tsv_m(
     _check("tsv_m", base, experts, scale=scale, rank_tolerance=rank_tolerance)
     if not _is_matrix(base) or len(experts) == 1:
         return _add_to(base, _sum_of_changes(base, experts), scale / len(experts))
-    noise = _noise(base, experts, rank_tolerance)
+    found = [DECOMPOSITIONS.decompose(_change(base, expert)) for expert in experts]
+    noise = rank_tolerance * max(map(_largest, found))
     num_kept = max(1, _num_directions(base) // len(experts))
-    triplets = [_directions(_change(base, expert), above=noise, at_most=num_kept) for expert in experts]
+    triplets = [
+        _directions(_change(base, expert), own, above=noise, at_most=num_kept)
+        for expert, own in zip(experts, found, strict=True)
+    ]
     left, values, right = _side_by_side(triplets, rank_tolerance)
     return _add_to(base, (left * values) @ right.T, scale)
 
@@ -117,7 +121,8 @@ def iso_c(
     total = _sum_of_changes(base, experts)
     if not _is_matrix(base):
         return _add_to(base, total, scale / len(experts))
-    left, values, right = _directions(total, above=rank_tolerance * _largest(total))
+    found = DECOMPOSITIONS.decompose(total)
+    left, values, right = _directions(total, found, above=rank_tolerance * _largest(found))
     return _add_to(base, left @ right.T, scale * _mean(values))
 
 
@@ -159,15 +164,16 @@ def iso_cts(
     total = _sum_of_changes(base, experts)
     if not _is_matrix(base):
         return _add_to(base, total, scale / len(experts))
-    noise = _noise(base, experts, rank_tolerance)
+    noise = rank_tolerance * max(_largest(DECOMPOSITIONS.decompose(_change(base, expert))) for expert in experts)
     num_all, num_experts = _num_directions(base), len(experts)
     num_own = min(round((num_all - int(num_all * common)) / num_experts), num_all // num_experts)
-    triplets = [_directions(total, above=noise, at_most=num_all - num_own * num_experts)]
+    found = DECOMPOSITIONS.decompose(total)
+    triplets = [_directions(total, found, above=noise, at_most=num_all - num_own * num_experts)]
     shared = triplets[0][0]
     for expert in experts if num_own else ():
         change = _change(base, expert)
         outside = change.sub_(shared @ (shared.T @ change))
-        triplets.append(_directions(outside, above=noise, at_most=num_own))
+        triplets.append(_directions(outside, DECOMPOSITIONS.decompose(outside), above=noise, at_most=num_own))
     left, values, right = _side_by_side(triplets, rank_tolerance)
     return _add_to(base, left @ right.T, scale * _mean(values))
 
@@ -243,7 +249,7 @@ class Memo:
         return found
 
 
-DECOMPOSITIONS = Memo(MEMO_BYTES)
+DECOMPOSITIONS = Memo(MEMO_BYTES)  # like functools.cache: no result depends on it
 
 
 def _num_bytes(decomposition: Decomposition) -> int:
@@ -288,11 +294,6 @@ def _add_to(base: Tensor, change: Tensor, factor: float) -> Tensor:
     return narrow(change.mul_(factor).view(base.shape).add_(base), base.dtype)
 
 
-def _noise(base: Tensor, experts: Tensor, rank_tolerance: float) -> float:
-    """Say up to which size a singular value is noise, from the largest one in any change."""
-    return rank_tolerance * max(_largest(_change(base, expert)) for expert in experts)
-
-
 def _side_by_side(triplets: Sequence[Triplet], rank_tolerance: float) -> Triplet:
     """Put directions of several matrices together, and make them orthogonal with as small a turn as will do.
 
@@ -301,24 +302,25 @@ def _side_by_side(triplets: Sequence[Triplet], rank_tolerance: float) -> Triplet
     left, values, right = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
     turned = []
     for vectors in (left, right):
-        inner, _, outer = _directions(vectors, above=rank_tolerance * _largest(vectors))
+        found = DECOMPOSITIONS.decompose(vectors)
+        inner, _, outer = _directions(vectors, found, above=rank_tolerance * _largest(found))
         turned.append(inner @ outer.T)
     return turned[0], values, turned[1]
 
 
-def _largest(matrix: Tensor) -> float:
-    return float(DECOMPOSITIONS.decompose(matrix).values[:1].sum())  # 0 where there is none
+def _largest(found: Decomposition) -> float:
+    return float(found.values[:1].sum())  # 0 where there is none
 
 
-def _directions(matrix: Tensor, *, above: float, at_most: int | None = None) -> Triplet:
+def _directions(matrix: Tensor, found: Decomposition, *, above: float, at_most: int | None = None) -> Triplet:
     """Give the strongest directions of a matrix.
 
     Args:
         matrix: float64.
+        found: its decomposition.
         above: only directions with a singular value above it.
         at_most: how many; None for all.
     """
-    found = DECOMPOSITIONS.decompose(matrix)
     values = found.values[:at_most]
     values = values[: int((values > above).sum())]
     vectors = found.vectors[:, : len(values)]
