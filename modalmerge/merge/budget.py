@@ -4,6 +4,7 @@ What is kept or merged as one is a component of a layer, since a model can hold 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
@@ -34,7 +35,8 @@ class Group:
         component: attention, or ffn, with the norms; norms, where they alone are per expert; or norm or layer.
         parameters: merged names.
         num_saved: numbers that merging it saves.
-        distance: between its experts: the mean over its parameters that have several, by their elements.
+        distance: between its experts: the mean over its parameters that have several, by their elements, and over pairs
+            of experts, so that groups of two and of three experts can be compared.
     """
 
     layer: int | None
@@ -138,7 +140,8 @@ def rank_groups(
         if base is not None:
             check_base(name, info, base, layout)
             changes -= read(Source(1, name)).to("cpu", wide)
-        value = measure(changes)
+        pairs = list(itertools.combinations(range(len(changes)), 2))
+        value = math.fsum(measure(changes[list(pair)]) for pair in pairs) / len(pairs)
         if not math.isfinite(value):
             raise ValueError(
                 f"{name}: the {recipe.keep_by} of its experts is {value}, so that it cannot be ranked; do they hold "

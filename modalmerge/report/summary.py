@@ -35,7 +35,8 @@ CONTROLS = {
     "image-only": "Image only (texts hidden)",
 }
 REPAIRS = {
-    "aligned": "experts aligned first",
+    "unseeded": "experts that share no start",
+    "aligned": "experts that share no start, aligned first",
     "healed": "then healed",
     "continued": "then pre-trained further",
 }
@@ -125,7 +126,7 @@ class KeptPoint:
     """A partly merged model of the recipe: one point of the curve of what is kept per modality.
 
     Args:
-        keep_fraction: share of the experts' numbers beyond the merged ones that is kept, in [0, 1]; 0 is plain
+        keep_fraction: share of the experts' numbers beyond the merged ones that may be kept, in [0, 1]; 0 is plain
             interpolation.
         parameters: mean over random seeds, which may keep different parts.
         number: zero-shot retrieval.

@@ -13,8 +13,8 @@ NOTE_POSITION = "Position: naive merging is 0 %, the baseline 100 %."
 NOTE_DIFFERENCE = "Difference to the recipe with interpolation, paired over random seeds."
 NOTE_REPAIR = "difference to the same merge without the repair, paired over random seeds."
 NOTE_KEPT = (
-    "Kept: share of the parameters that merging saves which stay per modality after all, where the experts' changes "
-    "are furthest apart. Parameters: mean over random seeds."
+    "Kept: at most this share of the parameters that merging saves stays per modality after all, where the experts' "
+    "changes are furthest apart. Parameters: what did stay shows in them; mean over random seeds."
 )
 
 

@@ -41,7 +41,7 @@ from modalmerge.model import (
 )
 from modalmerge.records import CELL_SCHEMA, Cell, Result
 from modalmerge.study.candidates import candidates
-from modalmerge.study.plan import HIDDEN, ROWS, Job, describe
+from modalmerge.study.plan import HIDDEN, ROWS, UNSEEDED, Job, describe
 from modalmerge.study.presets import Preset
 from modalmerge.tasks import TASKS
 from modalmerge.train.loop import Report
@@ -176,7 +176,7 @@ def pretrain_model(job: Job, context: Context, scratch: Path) -> None:
     config = model_config(preset, architecture)
     settings = dataclasses.replace(preset.pretraining, num_steps=steps, random_seed=_stage_seed(job, name))
     if start is None:
-        model = initial_model(config, job.random_seed)
+        model = initial_model(config, job.random_seed, shared_start=name != UNSEEDED)
     else:
         seed, before = _load(context, f"{job.random_seed}-{start}")
         model = start_experts(seed, config.experts)
@@ -273,7 +273,8 @@ def keep_some(job: Job, context: Context, scratch: Path) -> None:
     )
     parts = remaining_components(record.remaining, layout, experts.config.num_hidden_layers)
     model = model_from(merged, change_config(experts.config, experts=parts))
-    settings = {**settings, "keep_fraction": fraction, "keep_by": record.recipe["keep_by"]}
+    kept = {"keep_by": record.recipe["keep_by"], "kept_fraction": record.kept["fraction"]}
+    settings = {**settings, "keep_fraction": fraction, **kept}
     validated = evaluate(model, "retrieval", split_data(context.preset, "validation"))[:1]
     cells = _cells(validated, name, job, context, model, steps=steps, settings=settings, split="validation")
     cells += _zero_shot(model, name, job, context, steps, settings)
@@ -491,6 +492,7 @@ def _load(context: Context, job_id: str) -> tuple[ModalMergeModel, int]:
 def _stage_seed(job: Job, stage: str) -> int:
     """Give every stage of a repetition batches of its own, by name, so that no stage repeats another's."""
     stages = ("seed", "agnostic", "experts", "specific", *TASKS, "healing", "continued")
+    stage = "specific" if stage == UNSEEDED else stage  # the same batches: only the start differs
     return job.random_seed * 100 + stages.index(stage)
 
 

@@ -45,11 +45,13 @@ ROWS = {
 
 # The same of the models that repairs make.
 REPAIRED = {
+    "naive-unseeded": Row(role="naive", method="interpolation", repair="unseeded"),
     "naive-aligned": Row(role="naive", method="interpolation", repair="aligned"),
     "naive-healed": Row(role="naive", method="interpolation", repair="healed"),
     "naive-continued": Row(role="naive", method="interpolation", repair="continued"),
     "recipe-healed": Row(role="other", method="interpolation", initialisation="seed", repair="healed"),
 }
+UNSEEDED = "unseeded"  # experts that each started from weights of their own
 KEPT = "recipe-kept-"  # the start of the names of partly merged models
 
 # What a control cannot see.
@@ -149,8 +151,10 @@ def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
         merged, source = "naive-interpolation", "specific"
         if REPAIRED[name].initialisation == "seed":
             merged, source = "recipe-interpolation", "experts"
-        if repair == "aligned":
-            jobs.append(merging(name, source, base=None))
+        if repair == "aligned":  # experts of one start are in one order already
+            jobs.append(pretraining(UNSEEDED, steps=total, architecture=preset.architecture))
+            jobs += [merging(name, UNSEEDED, base=None) for name in ("naive-unseeded", "naive-aligned")]
+            tuned.append("naive-unseeded")
         elif repair == "continued":
             jobs.append(job(name, "continue", merged, weight=preset.continued_steps, model=name, start=merged))
         else:

@@ -31,7 +31,7 @@ BASIC_METHODS = ("interpolation", "arithmetic")  # in every study
 ALL = "all"  # in `methods` or `repairs`: every one that there is
 # what is done about naive merging, and to the recipe beside it, -> what is told of it
 REPAIRS = {
-    "aligned": "naive merging of experts whose units were put in the same order first",
+    "aligned": "naive merging of experts that share no start, as they are and after their units were put in one order",
     "healed": "naive merging, then distilled from its experts",
     "continued": "naive merging, then pre-trained further at equal cost",
     "recipe-healed": "the recipe, distilled from its experts in the same way",
@@ -64,7 +64,7 @@ class Preset:
         methods: merge methods beside interpolation and arithmetic that the recipe's experts are merged with; `all`
             stands for every other one.
         repairs: what is done about naive merging, keys of `REPAIRS`; `all` stands for every one.
-        keep_fractions: shares of the experts' parameters that stay per modality, each in (0, 1], for the curve.
+        keep_fractions: shares of what merging saves that may stay per modality, each in (0, 1], for the curve.
         healing: of models that are healed.
         continued_steps: of further pre-training with the settings of `healing`, as many as cost what healing costs.
         statistics_samples: pairs of the pre-training split that Grams, squared gradients and the like are taken on.

@@ -28,10 +28,16 @@ _SIZES = (
 MASKED_FRACTION = 0.25  # of the words, as in the authors' pre-training command
 
 
-def initial_model(config: ModalMergeConfig, random_seed: int) -> ModalMergeModel:
-    """Draw a model with fresh weights; with experts, all experts of a part start from the same ones."""
+def initial_model(config: ModalMergeConfig, random_seed: int, *, shared_start: bool = True) -> ModalMergeModel:
+    """Draw a model with fresh weights.
+
+    Args:
+        shared_start: with experts, all experts of a part start from the same weights; else each from its own.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed)
+        if not shared_start:
+            return ModalMergeModel(config)
         shared = ModalMergeModel(change_config(config, experts=expert_map("agnostic", config.num_hidden_layers)))
     return start_experts(shared, config.experts) if any(config.experts) else shared
 
