@@ -130,8 +130,8 @@ class MergeRecord:
         inputs: checkpoints read, each {"name", "headers": {file: sha256 of its header}, "content": hash of the
             tensors that were read, "num_tensors", "bytes"}; empty for a merge in memory.
         base: the base in the same form; None where there is none or it lies in memory.
-        statistics: what the method was given of data, {"model", "num_samples", "num_tokens", "settings", "content"};
-            None where it takes none.
+        statistics: what the method was given of data, {"model", "num_samples", "num_tokens", "coefficients",
+            "settings", "content"}; None where it takes none.
         num_merged: parameters written that came from several experts or through the method.
         num_copied: tensors carried over unchanged.
         left_out: input tensors that no output used, to the reason.

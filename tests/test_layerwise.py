@@ -1,5 +1,7 @@
 """Grams behind merged layers: against a computation that starts anew for every layer, and what they are good for."""
 
+import json
+
 import micro
 import pytest
 import torch
@@ -141,9 +143,18 @@ def test_merging_runs_the_procedure_on_data(call, tmp_path, monkeypatch):
         return call(*words, tmp_path / output, *given, *more)
 
     code, out, err = method("regmean_plus", "plus", "--set", "off_diagonal=0.9")
-    assert (code, err) == (0, "") and "tensors merged by regmean_plus" in out
+    assert (code, err) == (0, "regmean_plus: running the model on 8 samples of scenes\n")
+    assert "tensors merged by regmean_plus" in out
     code, _, err = method("learned", "learned", "--base", tmp_path / "seed", "--set", "num_steps=2")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "learned: running the model on 8 samples of scenes\n")
+    record = json.loads((tmp_path / "learned" / "merge.json").read_text())["statistics"]
+    wanted = {"data": "scenes", "split": "pretrain", "num_samples": 8, "random_seed": 0, "num_steps": 2, "initial": 0.3}
+    assert record["settings"].items() >= wanted.items()
+    assert set(record["coefficients"]) == {"vision", "text", "joint"}
+    repeated = ("--recipe", tmp_path / "learned" / "merge.json", "--base", tmp_path / "seed", "--set", "num_steps=2")
+    assert call(*words, tmp_path / "again", *repeated, "--num-samples", 8)[0] == 0
+    one, two = (load(tmp_path / name)[0].state_dict() for name in ("learned", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
     code, _, err = method("learned", "entropy", "--base", tmp_path / "seed", "--set", "loss=entropy")
     assert code == 1 and "the model has no head 'vqa'" in err
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {"plus", "learned"}
@@ -158,7 +169,7 @@ def test_merging_runs_the_procedure_on_data(call, tmp_path, monkeypatch):
         "regmean_plus from data is for the whole model: leave out layers ('0')"
         in method("regmean_plus", "x", "--layers", "0")[2]
     )
-    assert "--num-samples 99: the data have 16 samples" in method("regmean_plus", "x", num_samples=99)[2]
+    assert "num_samples must be in" in method("regmean_plus", "x", num_samples=99)[2]
     code, _, err = call("merge", tmp_path / "experts", "-o", tmp_path / "x", "--method", "regmean_plus")
     assert code == 1 and "regmean_plus needs Gram matrices" in err
     assert not (tmp_path / "x").exists()

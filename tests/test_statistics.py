@@ -228,7 +228,7 @@ def test_what_collecting_refuses():
     collector = GramCollector(model, INPUTS)
     with collector:
         model.fc2(torch.ones(1, 12))
-    with pytest.raises(ValueError, match="3 modules saw no token, such as 'q'; give data that reach them, or leave"):
+    with pytest.raises(ValueError, match="3 modules saw no token, such as 'q'; collect again on data that reach them"):
         collector.result()
 
 

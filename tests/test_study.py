@@ -87,7 +87,9 @@ def test_further_methods_repairs_and_fractions_are_jobs_of_their_own():
     assert {"0-recipe-kept-0.25", "3-recipe-kept-1.0"} <= known
     assert not any("kept" in name and name.endswith("vqa") for name in known), "points of the curve are not fine-tuned"
     every = {job.arguments.get("model", "statistics") for job in jobs.values() if job.kind != "data"}
-    assert every == {*ROWS, "seed", "experts", "statistics", "recipe-kept-0.25", "recipe-kept-1.0"} | further
+    assert (
+        every == {*ROWS, "seed", "experts", "unseeded", "statistics", "recipe-kept-0.25", "recipe-kept-1.0"} | further
+    )
     assert jobs["0-recipe-dare"].needs == ("data", "0-experts", "0-seed")
     assert jobs["0-recipe-regmean"].needs == ("data", "0-experts", "0-statistics")
     assert jobs["0-recipe-regmean_plus"].needs == ("data", "0-experts")

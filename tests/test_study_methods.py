@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modalmerge.evaluate import evaluate
+from modalmerge.merge.procedures.alignment import align_experts
 from modalmerge.merge.statistics import identify_tensors, open_statistics
 from modalmerge.model import load
 from modalmerge.records import Cell
@@ -28,7 +29,7 @@ SHORT = {
     "statistics_samples": "10",
     "random_seeds": "[1]",
 }
-REPAIR_STEPS = {"naive-aligned": 0, "naive-healed": 2, "naive-continued": 3, "recipe-healed": 2}
+REPAIR_STEPS = {"naive-unseeded": 0, "naive-aligned": 0, "naive-healed": 2, "naive-continued": 3, "recipe-healed": 2}
 
 
 def run_some(run, preset, wanted):
@@ -97,12 +98,18 @@ def test_repairs_start_from_their_merge_and_say_what_they_are(study):
         model, _ = load(run / "jobs" / f"1-{name}" / "model")
         assert evaluate(model, "retrieval", test)[0].value == cell.value
         assert cell.initialisation == plain.initialisation
-        if repair != "aligned":
+        if repair not in ("unseeded", "aligned"):
             assert cell.settings["ratio"] == plain.settings["ratio"]
             start, _ = load(run / "jobs" / f"1-{role}-interpolation" / "model")
             assert not torch.equal(model.state_dict()["norm.weight"], start.state_dict()["norm.weight"])
             curve = json.loads((run / "jobs" / f"1-{name}" / "curve.json").read_text())
             assert (curve["stage"], len(curve["curve"])) == ("healing" if repair == "healed" else "continued", steps)
+    unseeded, _ = load(run / "jobs" / "1-unseeded" / "model")
+    _, report = align_experts(unseeded.state_dict(), unseeded.config)
+    assert report.num_moved > 0 and report.similarity_after > report.similarity_before
+    merged, aligned = (load(run / "jobs" / f"1-naive-{name}" / "model")[0] for name in ("unseeded", "aligned"))
+    name = "layers.0.ffn.fc1.weight"
+    assert not torch.equal(merged.state_dict()[name], aligned.state_dict()[name])
     tuned = cells["tiny/1/naive-healed/fine-tuned/vqa/test/accuracy"]
     assert (tuned.role, tuned.settings) == ("naive", {"repair": "healed"})
 
@@ -114,6 +121,7 @@ def test_partly_merged_models_go_from_the_recipe_to_its_experts(study):
     experts, _ = load(run / "jobs" / "1-experts" / "model")
     assert recipe.parameters < half.parameters < whole.parameters == experts.num_parameters()
     assert whole.value == evaluate(experts, "retrieval", split_data(micro.preset(**SHORT), "test"))[0].value
+    assert half.settings.pop("kept_fraction") <= 0.5
     assert half.settings == {**recipe.settings, "keep_fraction": 0.5, "keep_by": "tssd"}
     validated = [cell for cell in cells.values() if "keep_fraction" in cell.settings and cell.split == "validation"]
     assert [cell.settings["keep_fraction"] for cell in validated] == [0.5, 1.0]
@@ -124,7 +132,7 @@ def test_the_summary_keeps_them_apart(study):
     summary = summarise(list(cells.values()))
     naive = next(row for row in summary.rows if row.name == "Naive merging")
     assert naive.numbers["zero-shot retrieval"].cells == (zero_shot(cells, "naive-interpolation").id,)
-    assert [row.repair for row in summary.repairs] == ["aligned", "healed", "continued", "healed"]
+    assert [row.repair for row in summary.repairs] == ["unseeded", "aligned", "healed", "continued", "healed"]
     assert {row.method for row in summary.rows if row.role == "other"} == {"regmean", "dare"}
     assert [point.keep_fraction for point in summary.kept] == [0.0, 0.5, 1.0]
     assert "## Repairs" in markdown(summary)

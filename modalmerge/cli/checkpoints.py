@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -131,11 +132,17 @@ def merge(
     content |= {"keep_fraction": keep_fraction} if keep_fraction is not None else {}
     _add_settings(content, changes or [])
     given_statistics: Any = statistics or recipe_statistics or None
+    if keep_by and not content.get("keep_fraction"):
+        print("note: --keep-by ranks what --keep-fraction keeps, which is 0; it is not used", file=sys.stderr)
+    if not data and (config, num_samples) != ("tiny", 512):
+        raise typer.BadParameter("--config and --num-samples say which data, so they need --data")
     if data:
         from modalmerge.cli.procedures import statistics_from_data
 
         if given_statistics or len(chosen) > 1:
             raise ValueError("--data is for one checkpoint with experts, and in place of --statistics")
+        if os.path.lexists(output) and not resume:  # before the model runs
+            raise ValueError(f"{output} exists and is not overwritten; remove it or choose another with -o")
         (source,) = chosen.values() if isinstance(chosen, dict) else chosen
         given_statistics = statistics_from_data(
             content, Path(source), base or recipe_base, data=data, config=config, num_samples=num_samples

@@ -1,5 +1,7 @@
 """Commands that need a model that runs, or all of its weights at once: align experts, heal a merged model."""
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +25,6 @@ def align(
 ) -> None:
     """Permute hidden units and heads of the experts to match vision's; the model computes the same as before."""
     quieten()
-    import dataclasses
-
     from modalmerge.merge.procedures.alignment import REFERENCE, align_checkpoint
 
     report = align_checkpoint(model, output)
@@ -86,7 +86,9 @@ def statistics_from_data(
     from modalmerge.checkpoint import open_checkpoint
     from modalmerge.data import DATASETS
     from modalmerge.data.batches import drawn_batches
+    from modalmerge.merge.methods import METHODS, needs
     from modalmerge.merge.procedures import OWN_SETTINGS, PROCEDURES
+    from modalmerge.merge.recipe import from_dict
     from modalmerge.model import load
     from modalmerge.study.jobs import split_data
     from modalmerge.study.single import check_data
@@ -98,12 +100,15 @@ def statistics_from_data(
     for key in ("overrides", "only", "layers", "keep_fraction"):
         if content.get(key):
             raise ValueError(f"{method} from data is for the whole model: leave out {key} ({content[key]!r})")
+    settings = content.get("settings", {})
+    content["settings"] = {key: value for key, value in settings.items() if key not in OWN_SETTINGS[method]}
+    from_dict(content)  # what is wrong with the recipe is said before the model runs
+    if "base" in needs(METHODS[method]) and not base:
+        raise ValueError(f"{method} needs the seed that the experts started from; give it as --base")
     find(DATASETS, data, "data set")
     preset = resolve_preset(config, None)
     model, tokenizer = load(source)
     check_data(model, len(tokenizer), preset, source)
-    settings = content.get("settings", {})
-    content["settings"] = {key: value for key, value in settings.items() if key not in OWN_SETTINGS[method]}
     task = TASKS["vqa" if settings.get("loss") == "entropy" else "retrieval"]  # whose texts are questions, or captions
     pairs = split_data(preset, "pretrain")
     drawn = drawn_batches(pairs, task.make_batch, num_samples=num_samples, batch_size=_BATCH, random_seed=0)
@@ -111,4 +116,7 @@ def statistics_from_data(
     if base:
         with open_checkpoint(base) as checkpoint:
             seed = {name: checkpoint.tensor(name).float() for name in checkpoint.names}
-    return PROCEDURES[method](model.float(), list(drawn), settings=settings, base=seed)
+    print(f"{method}: running the model on {num_samples} samples of {data}", file=sys.stderr, flush=True)
+    statistics = PROCEDURES[method](model.float(), list(drawn), settings=settings, base=seed)
+    ran_on = {"data": data, "config": config, "split": "pretrain", "num_samples": num_samples, "random_seed": 0}
+    return dataclasses.replace(statistics, settings={**statistics.settings, **ran_on})

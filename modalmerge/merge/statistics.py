@@ -10,15 +10,15 @@ diagonal, ten times what rounding the sum once costs, and the file of a base-siz
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import xxhash
 from torch import Tensor
 
 from modalmerge.checkpoint import Checkpoint, TensorInfo, atomic_file, open_checkpoint, write_safetensors
@@ -27,7 +27,8 @@ VERSION = "1"
 SUFFIX = ".safetensors"
 
 _MARK = "modalmerge_statistics"
-_NUM_FIRST = 16  # elements of each tensor that tell one model from another
+_PIECE = 2**20  # elements that are hashed at a time
+_PACKED = torch.float4_e2m1fn_x2  # two numbers in a byte, which nothing converts
 Key = TypeVar("Key")
 
 
@@ -68,40 +69,41 @@ def most_tokens(statistics: Statistics) -> dict[str, int]:
 
 
 def identify_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Give a model's tensors a name of their own, from names, shapes and the first elements of each.
+    """Give a model's tensors a name of their own, from names, shapes and values.
 
     Args:
         tensors: by native name, as in the model's checkpoint.
 
     Returns:
-        A hash: the same for the same contents, on any device, in any dtype that holds the values exactly. It tells
-        models apart that were trained, and is no proof against somebody who forges one.
+        A hash: the same for the same contents, on any device and in any float dtype, up to rounding to float32. It is
+        no proof against somebody who forges one.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return _identity(shapes, lambda name: tensors[name].detach().reshape(-1)[:_NUM_FIRST].cpu())
+    return _identity(shapes, lambda name: torch.split(tensors[name].detach().reshape(-1), _PIECE))
 
 
 def identify_checkpoint(checkpoint: Checkpoint) -> str:
-    """Give a checkpoint the name that `identify_tensors` gives its tensors, reading a few bytes of each."""
+    """Give a checkpoint the name that `identify_tensors` gives its tensors; it is read once, in pieces."""
 
-    def first(name: str) -> Tensor:
+    def pieces(name: str) -> Iterator[Tensor]:
         dtype, shape = checkpoint.infos[name]
-        values = torch.empty(min(_NUM_FIRST, math.prod(shape)), dtype=dtype)
-        checkpoint.read_into(name, 0, values.view(torch.uint8).numpy().data)
-        return values
+        num = math.prod(shape)
+        for begin in range(0, num, _PIECE):
+            values = torch.empty(min(_PIECE, num - begin), dtype=dtype)
+            checkpoint.read_into(name, begin * values.element_size(), values.view(torch.uint8).numpy().data)
+            yield values
 
-    return _identity({name: info.shape for name, info in checkpoint.infos.items()}, first)
+    return _identity({name: info.shape for name, info in checkpoint.infos.items()}, pieces)
 
 
-def _identity(shapes: Mapping[str, tuple[int, ...]], first: Callable[[str], Tensor]) -> str:
-    digest = hashlib.sha256()
+def _identity(shapes: Mapping[str, tuple[int, ...]], pieces: Callable[[str], Iterable[Tensor]]) -> str:
+    hasher = xxhash.xxh3_128()
     for name in sorted(shapes):
-        values = first(name)
-        # what float64 does not hold counts by its bytes
-        plain = not values.is_complex() and values.dtype != torch.float4_e2m1fn_x2
-        shown = values.to(torch.float64) if plain else values.contiguous().view(torch.uint8)
-        digest.update(json.dumps([name, list(shapes[name])]).encode() + shown.numpy().tobytes())
-    return digest.hexdigest()
+        hasher.update(json.dumps([name, list(shapes[name])]).encode())
+        for piece in pieces(name):
+            shown = piece.to(torch.float32) if piece.is_floating_point() and piece.dtype != _PACKED else piece
+            hasher.update(shown.cpu().contiguous().view(torch.uint8).numpy().data if piece.numel() else b"")
+    return hasher.hexdigest()
 
 
 # -- the file ------------------------------------------------------------------------------------------------

@@ -225,7 +225,8 @@ def describe_statistics(name: str, statistics: Statistics) -> dict[str, Any]:
         statistics: all that it takes of them is read.
 
     Returns:
-        {"model", "num_samples", "num_tokens": {expert: most over its inputs}, "settings": of the procedure that made
+        {"model", "num_samples", "num_tokens": {expert: most over its inputs}, "coefficients": {expert: {name of a
+        parameter: factor}}, "settings": of the procedure that made
         them, "content": hash of what the method takes}.
     """
     hasher = xxhash.xxh3_128(f"{statistics.model}\n{statistics.num_samples}\n".encode())
@@ -238,10 +239,14 @@ def describe_statistics(name: str, statistics: Statistics) -> dict[str, Any]:
         for key in sorted(by_key) if what in takes(METHODS[name]) else ():
             hasher.update(f"{key}\n".encode())
             hasher.update(by_key[key].detach().cpu().contiguous().numpy().data)
+    coefficients: dict[str, dict[str, float]] = {}
+    for (expert, parameter), factor in sorted(statistics.coefficients.items()):
+        coefficients.setdefault(expert, {})[parameter] = factor
     return {
         "model": statistics.model,
         "num_samples": statistics.num_samples,
         "num_tokens": most_tokens(statistics),
+        "coefficients": coefficients if "coefficients" in takes(METHODS[name]) else {},
         "settings": dict(statistics.settings),
         "content": hasher.hexdigest(),
     }

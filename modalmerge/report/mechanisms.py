@@ -75,9 +75,9 @@ def repairs(summary: Summary, parts: Parts) -> str:
         for row in repair_rows(summary)
     ]
     return (
-        "<section><h2>Can naive merging be repaired?</h2><p>By putting the units of experts that share no start in "
-        "one order before they are merged (experts of one start are in one order already), by distilling the experts into the merged model for a few steps, or by pre-training it "
-        "further at the same cost.</p>"
+        "<section><h2>Can naive merging be repaired?</h2><p>By putting the units of experts that share no start in one "
+        "order before they are merged (those of one start are in one order already), by distilling the experts into "
+        "the merged model for a few steps, or by pre-training it further at the same cost.</p>"
         f"{html_table(['Model', 'Parameters', *summary.columns.values()], lines)}"
         f'<p class="note">Repair: {escape(NOTE_REPAIR)}</p></section>'
     )

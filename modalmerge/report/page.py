@@ -392,8 +392,7 @@ def _footer(run: Run, cells: Sequence[Cell]) -> str:
         ("Page", f"modalmerge report {run.name} -o report.html"),
         ("Commit" if len(commits) == 1 else "Commits", ", ".join(commits) or "–"),
     ]
-    if len(commands) == 1:
-        about.insert(0, ("Study", commands[0]))
+    about = [("Study", command) for command in commands] + about
     lines = "".join(f"<p>{name}: <code>{escape(text)}</code></p>" for name, text in about)
     preset = json.dumps(run.preset, indent=2, ensure_ascii=False)
     return (

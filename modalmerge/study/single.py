@@ -104,11 +104,24 @@ def heal_run(
     model, tokenizer = load(merged)
     check_data(model, len(tokenizer), preset, merged)
     teacher, _ = load(experts)
+    _check_pair(model, teacher, merged, experts)
     settings = dataclasses.replace(preset.healing, random_seed=preset.random_seeds[0])
     scratch, data = _scratch(run, asked), split_data(preset, "pretrain")
     curve = heal(model, teacher, data, settings=settings, folder=scratch, report=report, show_bar=show_bar)
     results = evaluate(model, "retrieval", split_data(preset, "validation"))
     return _finish(run, scratch, asked, model, settings, curve, results)
+
+
+def _check_pair(merged: ModalMergeModel, experts: ModalMergeModel, merged_source: Path, source: Path) -> None:
+    """Refuse models of which one cannot have been merged from the other."""
+    if not any(experts.config.experts):
+        raise ValueError(f"{source} has no experts to distil; give the model as it was before merging")
+    mine, theirs = merged.config.experts, experts.config.experts
+    if mine == theirs or not all(set(left) <= set(whole) for left, whole in zip(mine, theirs, strict=False)):
+        raise ValueError(
+            f"{merged_source} was not merged from {source}: its experts are {mine}, there they are {theirs}; "
+            "give the merged model first, and the one with experts as --experts"
+        )
 
 
 def evaluate_run(preset: Preset, source: Path, task: str, split: str) -> list[Result]:

@@ -62,10 +62,13 @@ def _learned(
 ) -> Statistics:
     if base is None:
         raise ValueError("learned needs the seed that the experts started from, whose changes it weighs; give a base")
-    for name in settings:
+    own = dict(settings)
+    if own.pop("use_experts", "all") != "all":
+        raise ValueError("learned weighs the experts itself: leave out use_experts")
+    for name in own:
         if name not in OWN_SETTINGS["learned"]:
             raise unknown(name, OWN_SETTINGS["learned"], "setting of learned")
-    return learn_coefficients(model, base, batches, settings=CoefficientSettings(**settings))
+    return learn_coefficients(model, base, batches, settings=CoefficientSettings(**own))
 
 
 # method -> the procedure that makes its statistics from data

@@ -1,6 +1,7 @@
 """Learn how much of each expert's change a merged model takes, from a little unlabelled data."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -39,6 +40,11 @@ class CoefficientSettings:
 
     def __post_init__(self) -> None:
         find(LOSSES, self.loss, "loss of learned coefficients")
+        for name, kinds in (("num_steps", int), ("learning_rate", (int, float)), ("initial", (int, float))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                wanted = "a whole number" if kinds is int else "a finite number"
+                raise ValueError(f"{name} of learned coefficients must be {wanted}, got {value!r}")
         if self.num_steps < 1:
             raise ValueError(f"num_steps of learned coefficients must be at least 1, got {self.num_steps}")
         if not self.learning_rate > 0:
@@ -113,7 +119,10 @@ def find_changes(model: ModalMergeModel, base: Mapping[str, Tensor]) -> Changes:
             name: torch.stack([tensors[native] - own_base[name] for native in group.values()])
             for name, group in groups.items()
         },
-        places={name: torch.tensor([factors.index(key) for key in keys]) for name, keys in owners.items()},
+        places={
+            name: torch.tensor([factors.index(key) for key in keys], device=own_base[name].device)
+            for name, keys in owners.items()
+        },
         fixed={name: tensor for name, tensor in tensors.items() if name not in experts},
     )
 
@@ -219,10 +228,12 @@ def learn_coefficients(
     if not batches:
         raise ValueError("learned coefficients need at least one batch of data, got none")
     changes = find_changes(model, base)
+    batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
     with evaluation_mode(model):
         objective = Objective(model, changes, batches, settings.loss)
     first = next(iter(changes.base.values()))
-    values = torch.full((len(changes.factors),), settings.initial, dtype=first.dtype, requires_grad=True)
+    start = torch.full((len(changes.factors),), settings.initial, dtype=first.dtype, device=first.device)
+    values = start.requires_grad_()
     optimizer = torch.optim.Adam([values], lr=settings.learning_rate)
     for step in range(settings.num_steps):
         loss = objective(values, step % len(batches))
