@@ -58,7 +58,13 @@ def test_named_files_exist() -> None:
     assert len(names) >= 6
     for name in names:
         package = ROOT / "modalmerge"
-        folders = (ROOT, package / "study", package / "merge", package / "merge" / "methods")
+        folders = (
+            ROOT,
+            package / "study",
+            package / "merge",
+            package / "merge" / "methods",
+            package / "merge" / "procedures",
+        )
         assert any((folder / name).exists() for folder in folders), name
     for link in re.findall(r"\]\((?!http)([\w/.-]+)\)", README):
         assert (ROOT / link).exists(), link

@@ -92,7 +92,7 @@ class Preset:
     # On naive merging of `tiny` (27.4 recall on validation, one run) 60 steps at rates of 1e-3, 3e-3 and 5e-3 give
     # 64.6, 66.7 and 67.2, of further pre-training 63.0, 63.3 and 61.7.
     healing: TrainSettings = TrainSettings(num_steps=60, batch_size=64, learning_rate=3e-3, accelerator="cpu")
-    continued_steps: int = 60  # a step of either costs 0.25 CPU seconds
+    continued_steps: int = 60  # a step of either costs about the same
     statistics_samples: int = 512
 
     def __post_init__(self) -> None:
