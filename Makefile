@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-shapes check bench bench-merge clean
+.PHONY: demo test test-slow test-shapes check bench bench-merge bench-methods clean
 
 demo: $(STAMP)
 	.venv/bin/modalmerge study tiny
@@ -29,6 +29,11 @@ bench: $(STAMP)
 # against mergekit, on a machine that does nothing else; the files take 14 GB of memory
 bench-merge: $(STAMP)
 	.venv/bin/modalmerge bench merge --floor --scaling 0.5,1,2,4 --disk . -o bench/results/merge.json
+
+# what collecting statistics costs, and merges by matrix methods at base size; likewise alone on the machine
+bench-methods: $(STAMP)
+	.venv/bin/modalmerge bench gram --rounds 3 -o bench/results/gram.json
+	.venv/bin/python bench/methods_base_size.py -o bench/results/methods_base_size.json
 
 # torch goes first and alone: the pin takes the CPU build where the configured index offers one
 $(STAMP): pyproject.toml constraints.txt

@@ -176,6 +176,9 @@ def test_other_expert_maps(architecture):
     [
         ({"loss": "entropie"}, "unknown loss of learned coefficients 'entropie'.*entropy"),
         ({"num_steps": 0}, "num_steps of learned coefficients must be at least 1, got 0"),
+        ({"num_steps": 2.5}, "num_steps of learned coefficients must be a whole number, got 2.5"),
+        ({"num_steps": "abc"}, "num_steps of learned coefficients must be a whole number, got 'abc'"),
+        ({"initial": float("nan")}, "initial of learned coefficients must be a finite number, got nan"),
         ({"learning_rate": 0.0}, "learning_rate of learned coefficients must be positive, got 0.0"),
     ],
 )

@@ -146,5 +146,14 @@ def test_the_command_heals_and_finds_itself_done(call, tmp_path, monkeypatch):
     assert code == 0 and "3 steps, loss" in out
     code, _, err = call(*words, "--set", "healing.num_steps=4")
     assert code == 1 and "holds a run with other settings" in err
+    save(seed, scenes_tokenizer(), tmp_path / "seed")
+    for one, other, message in (
+        ("experts", "experts", "was not merged from"),
+        ("experts", "merged", "has no experts to distil; give the model as it was before merging"),
+        ("merged", "seed", "has no experts to distil"),
+    ):
+        wrong = ["heal", tmp_path / one, "--experts", tmp_path / other, "-o", tmp_path / "wrong", *words[6:]]
+        code, _, err = call(*wrong)
+        assert code == 1 and message in err
     code, _, err = call("heal", tmp_path / "merged", "--experts", "x", "-o", "y", "--data", "scene")
     assert code == 1 and "unknown data set 'scene'" in err and "scenes" in err

@@ -151,7 +151,8 @@ def merge_checkpoint(
     """Merge the experts inside a checkpoint, or several checkpoints, into a new folder.
 
     The folder holds the weights as safetensors, the configuration, tokenizer and other small files of the input, a
-    model card and merge.json (what was done). Equal inputs and recipes give equal bytes. A kill or a full disk leaves
+    model card and merge.json (what was done). Equal inputs and recipes give equal bytes; for methods
+    that multiply or decompose matrices, on as many threads. A kill or a full disk leaves
     what was finished beside `output`, to be gone on with; any other error leaves nothing.
 
     Args:
