@@ -1,13 +1,18 @@
 """The application that the commands belong to, and how they answer."""
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
+
+LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 
 app = typer.Typer(
     name="modalmerge",
@@ -59,3 +64,36 @@ def quieten() -> None:
     disable_progress_bar()  # here, where transformers may have been imported before
     for name in ("transformers", "datasets", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def reporter(
+    name: str, told: Callable[[int, int], str], columns: Callable[[], tuple[Any, ...]]
+) -> Iterator[Callable[[int, int], None]]:
+    """Show progress: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        name: what it is the progress of.
+        told: writes how much is done of how much, for a line.
+        columns: makes those of rich that stand behind the bar.
+
+    Yields:
+        What is to be called with how much is done, and of how much.
+    """
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                print(f"{name}: {told(done, total)}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    with Progress(TextColumn(name), BarColumn(), *columns(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

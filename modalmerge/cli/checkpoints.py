@@ -1,20 +1,16 @@
 """Commands for checkpoints that somebody brings: look at them, merge them, convert them."""
 
-import contextlib
 import dataclasses
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modalmerge.cli.app import AsJson, answer, app, command_line, quieten
+from modalmerge.cli.app import AsJson, answer, app, command_line, quieten, reporter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from modalmerge.inspection import Inspection
     from modalmerge.merge.apply import MergeOutcome
 
@@ -22,7 +18,6 @@ LayoutName = Annotated[
     str,
     typer.Option("--layout", help="A layout (`modalmerge list layouts`) or a YAML file; found by the names."),
 ]
-_LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 
 
 @app.command("inspect", epilog="Example: modalmerge inspect BAGEL-7B-MoT")
@@ -147,7 +142,9 @@ def merge(
         given_statistics = statistics_from_data(
             content, Path(source), base or recipe_base, data=data, config=config, num_samples=num_samples
         )
-    with _reporter(output.name) as report:
+    with reporter(
+        output.name, lambda done, total: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB written", _columns
+    ) as report:
         outcome = merge_checkpoint(
             chosen if isinstance(chosen, dict) else name_sources(chosen),
             output,
@@ -257,27 +254,10 @@ def _answer_merge(outcome: "MergeOutcome", as_json: bool, verify: bool) -> None:
     answer(as_json, shown, "\n".join(lines))
 
 
-@contextlib.contextmanager
-def _reporter(name: str) -> "Iterator[Callable[[int, int], None]]":
-    """Show progress: a bar on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        last = time.monotonic()
+def _columns() -> tuple[Any, ...]:
+    from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LINE_SECONDS:
-                last = time.monotonic()
-                print(f"{name}: {done / 1e9:.1f} of {total / 1e9:.1f} GB written", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    return DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
 
 
 def _print_inspection(found: "Inspection") -> None:

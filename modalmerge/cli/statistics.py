@@ -1,20 +1,12 @@
 """The command that collects statistics of a model's data."""
 
-import contextlib
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from modalmerge.cli.app import AsJson, Changes, answer, app
+from modalmerge.cli.app import AsJson, Changes, answer, app, reporter
 from modalmerge.cli.training import resolve_preset
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-_LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 
 
 @app.command(epilog="Example: modalmerge gram runs/experts/model --data scenes -o statistics.safetensors")
@@ -53,14 +45,14 @@ def gram(
     batches = drawn_batches(
         split_data(preset, split), make_batch, num_samples=num_samples, batch_size=batch_size, random_seed=random_seed
     )
-    with _reporter(output.name, num_samples) as report:
+    with reporter(output.name, lambda done, total: f"{done} of {total} samples", _columns) as report:
         statistics = collect_statistics(
             loaded,
             batches,
             token_fraction=tokens,
             random_seed=random_seed,
             fisher=contrastive_terms if fisher else None,
-            report=report,
+            report=lambda done: report(done, num_samples),
         )
     write_statistics(statistics, output)
     counts = most_tokens(statistics)
@@ -81,24 +73,7 @@ def gram(
     answer(as_json, shown, text)
 
 
-@contextlib.contextmanager
-def _reporter(name: str, num_samples: int) -> "Iterator[Callable[[int], None]]":
-    """Show progress: a bar on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        last = time.monotonic()
+def _columns() -> tuple[Any, ...]:
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-        def line(done: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LINE_SECONDS:
-                last = time.monotonic()
-                print(f"{name}: {done} of {num_samples} samples", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=num_samples)
-        yield lambda done: progress.update(task, completed=done)
+    return MofNCompleteColumn(), TimeRemainingColumn()
