@@ -18,7 +18,6 @@ from modalmerge.merge.methods import METHODS, expert_weights, needs, setting_par
 from modalmerge.merge.methods.elementwise import (
     arithmetic,
     arithmetic_as_released,
-    dot_products,
     interpolation,
     metagpt,
     slerp,
@@ -101,19 +100,6 @@ def test_metagpt_by_hand():
     assert metagpt(SEED, experts).tolist() == pytest.approx([1 + 9 / 25 * 3, 2 - 16 / 25 * 4])
     assert metagpt(SEED, experts[2:]).tolist() == SEED.tolist()
     assert metagpt(SEED, experts[:1]).tolist() == experts[0].tolist()
-
-
-def test_dot_products_do_not_depend_on_the_number_of_threads():
-    changes = torch.randn(2, 300_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    before, found = torch.get_num_threads(), []
-    try:
-        for num_threads in (1, 2, 3):
-            torch.set_num_threads(num_threads)
-            found.append(dot_products(changes))
-    finally:
-        torch.set_num_threads(before)
-    assert found[0] == found[1] == found[2]
-    assert found[0][0][1] == found[0][1][0] == pytest.approx(float((changes[0] * changes[1]).sum()))
 
 
 def test_metagpt_has_the_dtype_of_the_base():

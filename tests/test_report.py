@@ -249,7 +249,7 @@ def test_repairs_are_rows_of_their_own():
     summary = summarise([*study_cells(), *repair_cells()])
     assert row(summary, "Naive merging").numbers["zero-shot retrieval"].values == (4.0, 5.0, 6.0)
     assert [row.name for row in summary.repairs] == [
-        "Naive merging, experts aligned first",
+        "Naive merging, experts that share no start, aligned first",
         "Naive merging, then healed",
         "Naive merging, then pre-trained further",
         "Recipe, interpolation, then healed",

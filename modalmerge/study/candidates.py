@@ -41,9 +41,9 @@ CANDIDATES: Mapping[str, Sequence[Settings]] = {
     "regmean": _REGMEAN,
     "regmean_plus": _REGMEAN,
     "wudi": tuple({"steps": steps} for steps in (30.0, 100.0, 300.0, 1000.0)),
-    "tsv_m": _scales(0.3, 0.5, 0.75, 1.0),
-    "iso_c": _scales(0.3, 0.5, 0.75, 1.0, 1.5),
-    "iso_cts": _scales(0.3, 0.5, 0.75, 1.0, 1.5),
+    "tsv_m": _scales(0.5, 0.75, 1.0, 1.25, 1.5),
+    "iso_c": _scales(0.75, 1.0, 1.5, 2.0, 3.0),
+    "iso_cts": _scales(0.75, 1.0, 1.5, 2.0, 3.0),
     "learned": ({"initial": 0.3}, {"initial": 0.5}),
 }
 
