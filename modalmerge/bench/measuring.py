@@ -1,5 +1,6 @@
 """Run a command and measure it: time, processor time and memory, seen from outside."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _POLL_SECONDS = 0.02
@@ -56,14 +57,18 @@ def measure(words: Sequence[str], *, environment: Mapping[str, str] | None = Non
         raise ValueError(f"memory is measured through /proc, which {sys.platform} does not have; measure on Linux")
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         began = time.monotonic()
-        process = subprocess.Popen(
-            words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
-        )
+        process = None
         try:
+            with _signals_held():  # one that comes while the process starts would leave it behind, unknown
+                process = subprocess.Popen(
+                    words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
+                    start_new_session=True,
+                )  # fmt: skip
             peak_rss, peak_anonymous = _watch(process.pid)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process is not None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             raise
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.monotonic() - began
@@ -81,6 +86,16 @@ def measure(words: Sequence[str], *, environment: Mapping[str, str] | None = Non
             peak_anonymous_bytes=peak_anonymous,
             storage_bytes=usage.ru_inblock * 512,
         )
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let Ctrl-C and a polite kill wait until the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _watch(pid: int) -> tuple[int, int]:
