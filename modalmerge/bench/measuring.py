@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,12 +91,25 @@ def measure(words: Sequence[str], *, environment: Mapping[str, str] | None = Non
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let Ctrl-C and a polite kill wait until the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Let Ctrl-C and a polite kill wait until the end of the block.
+
+    By handlers, not by a mask: a signal goes to any thread that does not block it, and is raised in the main one then.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where none is ever raised
+        yield
+        return
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for arrived in held:
+            signal.raise_signal(arrived)
 
 
 def _watch(pid: int) -> tuple[int, int]:
