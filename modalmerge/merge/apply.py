@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def merge_tensors(
         return inputs[source.checkpoint][source.name]
 
     if statistics is not None:
-        _check_identity(statistics, identify_tensors(tensors), "these tensors")
+        _check_identity(statistics, lambda: identify_tensors(tensors), "these tensors")
     base_infos = None if base is None else tensor_infos(base)
     plan = plan_within_budget(tensor_infos(tensors), layout, recipe, read, base=base_infos, statistics=statistics)
     merged: dict[str, Tensor] = {}
@@ -315,12 +315,15 @@ def _statistics(
         raise ValueError("statistics are of the experts inside one checkpoint, several were given; leave them out")
     found = given if isinstance(given, Statistics) else open_statistics(Path(given))
     (checkpoint,) = opened.values()
-    _check_identity(found, identify_checkpoint(checkpoint), str(checkpoint.source))
+    _check_identity(found, lambda: identify_checkpoint(checkpoint), str(checkpoint.source))
     return found, [] if isinstance(given, Statistics) else [Path(given)]
 
 
-def _check_identity(statistics: Statistics, identity: str, source: str) -> None:
-    if statistics.model and statistics.model != identity:
+def _check_identity(statistics: Statistics, identify: Callable[[], str], source: str) -> None:
+    if not statistics.model:  # of an unknown model: the whole of this one need not be read
+        return
+    identity = identify()
+    if statistics.model != identity:
         raise ValueError(
             f"the statistics were collected on another model ({statistics.model}) than {source} ({identity}); collect "
             "them on this one with `modalmerge gram`"

@@ -65,6 +65,14 @@ def most_tokens(statistics: Statistics) -> dict[str, int]:
     return tokens
 
 
+def by_expert(coefficients: Mapping[tuple[str, str], float]) -> dict[str, dict[str, float]]:
+    """Spell coefficients out as JSON can hold them: expert to merged name to factor."""
+    spelt: dict[str, dict[str, float]] = {}
+    for (expert, name), factor in sorted(coefficients.items()):
+        spelt.setdefault(expert, {})[name] = float(factor)
+    return spelt
+
+
 # -- which model ---------------------------------------------------------------------------------------------
 
 
@@ -141,9 +149,7 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
 
     infos = {name: TensorInfo(torch.float32, tuple(stored(name).shape)) for name in (*grams, *fisher)}
     num_tokens = {_gram_name(key): count for key, count in statistics.num_tokens.items()}
-    coefficients: dict[str, dict[str, float]] = {}
-    for (expert, name), factor in statistics.coefficients.items():
-        coefficients.setdefault(expert, {})[name] = float(factor)
+    coefficients = by_expert(statistics.coefficients)
     _check(infos, statistics.num_samples, num_tokens, coefficients)
 
     def rounded(name: str) -> Tensor:

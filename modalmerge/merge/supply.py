@@ -15,7 +15,7 @@ from torch import Tensor
 from modalmerge.layouts import ZEROS, Layout
 from modalmerge.merge.methods import MEASURED, METHODS, PER_MATRIX, needs, takes
 from modalmerge.merge.outputs import Output
-from modalmerge.merge.statistics import Statistics, most_tokens
+from modalmerge.merge.statistics import Statistics, by_expert, most_tokens
 
 FROM_STATISTICS = ("gram", "num_tokens", "fisher", "coefficients")
 _ADVICE = {
@@ -63,12 +63,12 @@ def is_split(output: Output) -> bool:
 def _call(
     name: str, output: Output, experts: Tensor, base: Tensor | None, statistics: Statistics | None
 ) -> tuple[Tensor, dict[str, float]]:
-    supplied: dict[str, Any] = {"experts": experts, "base": base}
+    weights = {"experts": experts, "base": base}
     method = METHODS[name]
-    for what in takes(method):
-        if what not in supplied:
-            supplied[what] = _supply(what, output, statistics, experts.device)
-    tensors = [supplied[what] for what in takes(method)]
+    tensors = [
+        weights[what] if what in weights else _supply(what, output, statistics, experts.device)
+        for what in takes(method)
+    ]
     if name in MEASURED:
         return MEASURED[name](*tensors, **output.settings)
     return method(*tensors, **output.settings), {}
@@ -226,8 +226,7 @@ def describe_statistics(name: str, statistics: Statistics) -> dict[str, Any]:
 
     Returns:
         {"model", "num_samples", "num_tokens": {expert: most over its inputs}, "coefficients": {expert: {name of a
-        parameter: factor}}, "settings": of the procedure that made
-        them, "content": hash of what the method takes}.
+        parameter: factor}}, "settings": of the procedure that made them, "content": hash of what the method takes}.
     """
     hasher = xxhash.xxh3_128(f"{statistics.model}\n{statistics.num_samples}\n".encode())
     for (expert, found), count in sorted(statistics.num_tokens.items()):
@@ -239,14 +238,11 @@ def describe_statistics(name: str, statistics: Statistics) -> dict[str, Any]:
         for key in sorted(by_key) if what in takes(METHODS[name]) else ():
             hasher.update(f"{key}\n".encode())
             hasher.update(by_key[key].detach().cpu().contiguous().numpy().data)
-    coefficients: dict[str, dict[str, float]] = {}
-    for (expert, parameter), factor in sorted(statistics.coefficients.items()):
-        coefficients.setdefault(expert, {})[parameter] = factor
     return {
         "model": statistics.model,
         "num_samples": statistics.num_samples,
         "num_tokens": most_tokens(statistics),
-        "coefficients": coefficients if "coefficients" in takes(METHODS[name]) else {},
+        "coefficients": by_expert(statistics.coefficients) if "coefficients" in takes(METHODS[name]) else {},
         "settings": dict(statistics.settings),
         "content": hasher.hexdigest(),
     }

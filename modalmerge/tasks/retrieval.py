@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from modalmerge.data.batches import PairArrays, trim
-from modalmerge.model import ModalMergeModel
+from modalmerge.model import ModalMergeModel, Prefix
 from modalmerge.records import Result
 from modalmerge.tasks import metrics
 from modalmerge.tasks.contract import Batch, Task
@@ -28,6 +28,21 @@ def similarities(
 ) -> Float[Tensor, " I T"]:
     """Score every image with every text: dot product times the exponential of `logit_scale`."""
     return logit_scale.exp() * image @ text.T
+
+
+def path_scores(model: ModalMergeModel, image: Prefix, text: Prefix, *, joint_path: bool) -> Float[Tensor, " I T"]:
+    """Score every image with every text on the uni-modal path, or on that of the joint experts.
+
+    Args:
+        image, text: before the fusion.
+    """
+    head = model.head("joint_contrastive" if joint_path else "contrastive")
+
+    def features(prefix: Prefix) -> Tensor:
+        first = model.finish_alone(prefix, joint_path=joint_path, read=slice(0, 1))
+        return head.project(model.norm(first)[:, 0], prefix.modality)
+
+    return similarities(features(image), features(text), head.logit_scale)
 
 
 def make_batch(data: PairArrays, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modalmerge.model.modeling import ModalMergeModel, Prefix
-from modalmerge.tasks.retrieval import contrastive_loss, similarities
+from modalmerge.tasks.retrieval import contrastive_loss, path_scores
 
 FIRST = slice(0, 1)  # [CLS] of whatever sequence
 
@@ -131,13 +131,7 @@ def contrastive_paths(model: ModalMergeModel, text: Prefix, image: Prefix) -> tu
     Returns:
         (scores [B, B] of the uni-modal path, loss).
     """
-    paths = []
-    for head_name, joint_path in (("contrastive", False), ("joint_contrastive", True)):
-        head = model.head(head_name)
-        ends = [
-            model.norm(model.finish_alone(prefix, joint_path=joint_path, read=FIRST))[:, 0] for prefix in (image, text)
-        ]
-        paths.append(similarities(head.project(ends[0], "vision"), head.project(ends[1], "text"), head.logit_scale))
+    paths = [path_scores(model, image, text, joint_path=joint_path) for joint_path in (False, True)]
     return paths[0], (contrastive_loss(paths[0]) + contrastive_loss(paths[1])) / 2
 
 

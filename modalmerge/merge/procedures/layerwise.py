@@ -96,7 +96,9 @@ def collect_layerwise(model: ModalMergeModel, batches: Sequence[Batch], *, setti
                 collected = dataclasses.replace(
                     collected, grams={**collected.grams, **grams}, num_tokens={**collected.num_tokens, **num_tokens}
                 )
-                layer = _merge(model, index, collected, settings)
+                # a layer's tensors alone have another identity
+                own = dataclasses.replace(collected, model="", grams=grams, num_tokens=num_tokens)
+                layer = _merge(model, index, own, settings)
             runs = [tuple(run.through(layer, model, index) for run in own_runs) for own_runs in runs]
     return collected
 
@@ -128,7 +130,7 @@ def _join(runs: tuple[_Run, ...]) -> tuple[_Run, ...]:
     return (image, text, _Run(segments=(("joint", states),), mask=real, text_length=text.text_length))
 
 
-def _merge(model: ModalMergeModel, index: int, collected: Statistics, settings: Mapping[str, Any]) -> Layer:
+def _merge(model: ModalMergeModel, index: int, statistics: Statistics, settings: Mapping[str, Any]) -> Layer:
     """Merge the experts of one layer, as the merge that the statistics are for will do."""
     stem = f"layers.{index}."
     merged, _ = merge_tensors(
@@ -136,8 +138,7 @@ def _merge(model: ModalMergeModel, index: int, collected: Statistics, settings: 
         layout=load_layout("modalmerge"),
         method=METHOD,
         settings=settings,
-        # a layer's tensors alone have another identity
-        statistics=dataclasses.replace(collected, model=""),
+        statistics=statistics,
     )
     config = change_config(model.config, experts=expert_map("agnostic", model.config.num_hidden_layers))
     with torch.device("meta"):

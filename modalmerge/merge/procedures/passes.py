@@ -16,7 +16,7 @@ from modalmerge.merge.collect import FisherSum, GramCollector, evaluation_mode, 
 from modalmerge.merge.statistics import Statistics, identify_tensors
 from modalmerge.model import ModalMergeModel
 from modalmerge.tasks.contract import Batch
-from modalmerge.tasks.retrieval import similarities
+from modalmerge.tasks.retrieval import path_scores
 
 # Pairs whose likelihoods are taken at once: each has four terms, and each term is a backward pass over all of them.
 FISHER_BATCH = 16
@@ -94,21 +94,12 @@ def contrastive_terms(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " t
     """
     if len(batch["input_ids"]) < 2:
         raise ValueError("contrastive likelihoods need at least 2 pairs in a batch, got 1; choose a larger batch size")
-    prefixes = (
-        model.before_fusion(model.begin_image(batch["pixel_values"])),
-        model.before_fusion(model.begin_text(batch["input_ids"], batch["attention_mask"])),
-    )
-    paths = [("contrastive", False)]
-    if model.config.fusion_start < model.config.num_hidden_layers:
-        paths.append(("joint_contrastive", True))
+    image = model.before_fusion(model.begin_image(batch["pixel_values"]))
+    text = model.before_fusion(model.begin_text(batch["input_ids"], batch["attention_mask"]))
+    has_joint = model.config.fusion_start < model.config.num_hidden_layers
     terms = []
-    for name, joint_path in paths:
-        head = model.head(name)
-        ends = [model.finish_alone(prefix, joint_path=joint_path, read=slice(0, 1)) for prefix in prefixes]
-        image, text = (
-            head.project(model.norm(end)[:, 0], prefix.modality) for end, prefix in zip(ends, prefixes, strict=True)
-        )
-        scores = similarities(image, text, head.logit_scale)
+    for joint_path in (False, True) if has_joint else (False,):
+        scores = path_scores(model, image, text, joint_path=joint_path)
         terms += [scores.log_softmax(1).diagonal(), scores.T.log_softmax(1).diagonal()]
     return torch.cat(terms)
 
