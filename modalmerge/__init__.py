@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import modalmerge.distance as distance
     import modalmerge.merge as merge
     from modalmerge.inspection import inspect
     from modalmerge.layouts import LAYOUTS
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     from modalmerge.model import load
 
 __version__ = "0.1.0"
-__all__ = ["LAYOUTS", "METHODS", "__version__", "inspect", "load", "merge"]
+__all__ = ["LAYOUTS", "METHODS", "__version__", "distance", "inspect", "load", "merge"]
 
-# public name -> the module that holds it; `merge` is a module that can be called
+# public name -> the module that holds it; `distance` and `merge` are modules that can be called
 _HOMES = {
     "LAYOUTS": "modalmerge.layouts",
     "METHODS": "modalmerge.merge.methods",
@@ -26,8 +27,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "merge":
-        return importlib.import_module("modalmerge.merge")
+    if name in ("distance", "merge"):
+        return importlib.import_module(f"modalmerge.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'modalmerge' has no attribute {name!r}; known: {', '.join(__all__)}")
     return getattr(importlib.import_module(_HOMES[name]), name)

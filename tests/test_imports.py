@@ -15,7 +15,7 @@ ALLOWED = {
     "records": {"registry"},
     "checkpoint": set(),
     "layouts": {"checkpoint", "registry"},
-    "distance": {"checkpoint", "layouts", "records"},
+    "distance": {"checkpoint", "layouts", "records", "registry"},
     "inspection": {"checkpoint", "layouts", "merge"},
     "merge": {"checkpoint", "layouts", "distance", "records", "registry"},
     "model": {"checkpoint", "layouts", "registry"},
@@ -24,7 +24,8 @@ ALLOWED = {
     "train": {"tasks", "model", "data", "merge", "checkpoint", "records", "registry"},
     "evaluate": {"tasks", "model", "data", "checkpoint", "records", "registry"},
     "probes": {"tasks", "model", "data", "merge", "checkpoint", "records"},
-    "report": {"records"},
+    "outcomes": {"records", "registry"},
+    "report": {"outcomes", "records"},
 }
 ALLOWED["study"] = {part for part in ALLOWED if part != "report"}
 ALLOWED["bench"] = {"checkpoint", "merge", "layouts", "model", "records", "registry"}

@@ -4,10 +4,22 @@ import gc
 import os
 import sys
 
-from modalmerge.cli import benchmarks, checkpoints, procedures, statistics, tables, training
+from modalmerge.cli import benchmarks, checkpoints, distances, probes, procedures, statistics, tables, training
 from modalmerge.cli.app import app
 
-__all__ = ["app", "benchmarks", "checkpoints", "main", "procedures", "run", "statistics", "tables", "training"]
+__all__ = [
+    "app",
+    "benchmarks",
+    "checkpoints",
+    "distances",
+    "main",
+    "probes",
+    "procedures",
+    "run",
+    "statistics",
+    "tables",
+    "training",
+]
 
 INTERRUPTED = 130
 
@@ -18,7 +30,7 @@ _GOES_ON = {
 }
 
 # Commands that leave nothing to do at the end: they start no processes, and their files are whole.
-_FILE_COMMANDS = ("align", "convert", "inspect", "list", "merge")
+_FILE_COMMANDS = ("align", "convert", "distance", "inspect", "list", "merge")
 
 
 def run() -> None:

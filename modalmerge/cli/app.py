@@ -66,6 +66,20 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def byte_columns() -> tuple[Any, ...]:
+    """Make the columns behind a bar that counts bytes."""
+    from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+
+
+def count_columns() -> tuple[Any, ...]:
+    """Make the columns behind a bar that counts things."""
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    return MofNCompleteColumn(), TimeRemainingColumn()
+
+
 @contextlib.contextmanager
 def reporter(
     name: str, told: Callable[[int, int], str], columns: Callable[[], tuple[Any, ...]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modalmerge.cli.app import AsJson, answer, app, command_line, quieten, reporter
+from modalmerge.cli.app import AsJson, answer, app, byte_columns, command_line, quieten, reporter
 
 if TYPE_CHECKING:
     from modalmerge.inspection import Inspection
@@ -143,7 +143,7 @@ def merge(
             content, Path(source), base or recipe_base, data=data, config=config, num_samples=num_samples
         )
     with reporter(
-        output.name, lambda done, total: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB written", _columns
+        output.name, lambda done, total: f"{done / 1e9:.1f} of {total / 1e9:.1f} GB written", byte_columns
     ) as report:
         outcome = merge_checkpoint(
             chosen if isinstance(chosen, dict) else name_sources(chosen),
@@ -252,12 +252,6 @@ def _answer_merge(outcome: "MergeOutcome", as_json: bool, verify: bool) -> None:
         shown["num_verified"] = outcome.num_verified
         lines.append(f"verified: {outcome.num_verified} tensors equal a second computation")
     answer(as_json, shown, "\n".join(lines))
-
-
-def _columns() -> tuple[Any, ...]:
-    from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    return DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
 
 
 def _print_inspection(found: "Inspection") -> None:

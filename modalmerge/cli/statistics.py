@@ -1,11 +1,11 @@
 """The command that collects statistics of a model's data."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from modalmerge.cli.app import AsJson, Changes, answer, app, reporter
+from modalmerge.cli.app import AsJson, Changes, answer, app, count_columns, reporter
 from modalmerge.cli.training import resolve_preset
 
 
@@ -45,7 +45,7 @@ def gram(
     batches = drawn_batches(
         split_data(preset, split), make_batch, num_samples=num_samples, batch_size=batch_size, random_seed=random_seed
     )
-    with reporter(output.name, lambda done, total: f"{done} of {total} samples", _columns) as report:
+    with reporter(output.name, lambda done, total: f"{done} of {total} samples", count_columns) as report:
         statistics = collect_statistics(
             loaded,
             batches,
@@ -71,9 +71,3 @@ def gram(
         parts += f" and squared gradients of {len(statistics.fisher)} parameters"
     text = f"{parts} over {num_samples} samples ({told} tokens), {output.stat().st_size / 1e6:.1f} MB in {output}"
     answer(as_json, shown, text)
-
-
-def _columns() -> tuple[Any, ...]:
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
-
-    return MofNCompleteColumn(), TimeRemainingColumn()

@@ -33,6 +33,11 @@ def _rows(entries: Mapping[str, Any], about: Callable[[Any], tuple[str, str, str
     return rows
 
 
+def _source(function: Any) -> str:
+    """Read where a function comes from in its docstring."""
+    return " ".join(function.__doc__.partition("Source:")[2].split("\n\n")[0].split())
+
+
 # what the user must give for a method's argument
 _NEEDS = {"base": "a base", "gram": "Gram matrices", "fisher": "squared gradients", "coefficients": "data"}
 
@@ -42,11 +47,9 @@ def _methods() -> list[dict[str, str]]:
     from modalmerge.merge.supply import BEHIND_MERGED
 
     def about(method: Any) -> tuple[str, str, str]:
-        text = method.__doc__ or ""
-        source = " ".join(text.partition("Source:")[2].split("\n\n")[0].split())
         needed = [_NEEDS[what] for what in needs(method) if what in _NEEDS]
         needed = ["data"] if method is METHODS[BEHIND_MERGED] else needed
-        return text.splitlines()[0], ", ".join(needed), source
+        return method.__doc__.splitlines()[0], ", ".join(needed), _source(method)
 
     return _rows(METHODS, about)
 
@@ -70,9 +73,14 @@ def _datasets() -> list[dict[str, str]]:
 
 
 def _metrics() -> list[dict[str, str]]:
+    from modalmerge.distance.measures import DISTANCES, subspace_alignment
     from modalmerge.tasks.metrics import METRICS
 
-    return _rows(METRICS, lambda summary: (summary, "", ""))
+    distances = {**DISTANCES, "subspace_alignment": subspace_alignment}
+    return [
+        *_rows(METRICS, lambda summary: (summary, "", "")),
+        *_rows(distances, lambda distance: (distance.__doc__.splitlines()[0], "experts", _source(distance))),
+    ]
 
 
 def _presets() -> list[dict[str, str]]:

@@ -5,13 +5,16 @@ a chart follows light, dark and print. Texts are escaped, because plotly.js read
 """
 
 import html
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from modalmerge.outcomes import Point
 from modalmerge.records import Cell
+from modalmerge.report.numbers import Number, average
 from modalmerge.report.run import Curve
-from modalmerge.report.summary import COLUMNS, MAIN_ROWS, ZERO_SHOT, KeptPoint, Number, Row, Summary, average
+from modalmerge.report.summary import COLUMNS, MAIN_ROWS, ZERO_SHOT, KeptPoint, Row, Summary
 
 Figure = dict[str, Any]
 
@@ -33,6 +36,8 @@ LOOKS = {
     "experts": ("--recipe", "circle", "solid"),
     "scratch": ("--other", "circle-open", "dot"),
 }
+COLOURS = ("--agnostic", "--naive", "--recipe", "--specific", "--other")  # of what has no look of its own
+SIGNS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "✚", "x": "✖", "star": "★"}
 OTHER_LOOK = ("--other", "circle-open", "longdash")
 _INTERVAL = {"color": "--ink", "thickness": 1.5}
 _PLAIN_MERGES = {f"{role}-{method}" for role, method in MAIN_ROWS if method}
@@ -84,7 +89,7 @@ def recall_bars(summary: Summary) -> Figure | None:
         {"x": x, "y": name, "text": f"<b>{number.mean:.1f}</b>", **beside}
         for x, name, number in zip(right, names, numbers, strict=True)
     ]
-    figure = _figure([bars, dots], x_title="mean recall, percent", height=70 + 58 * len(rows))
+    figure = new_figure([bars, dots], x_title="mean recall, percent", height=70 + 58 * len(rows))
     figure["layout"] |= {"showlegend": False, "annotations": labels, "bargap": 0.35}
     figure["layout"]["xaxis"] |= {"range": [0, min(108.0, 1.15 * max(right) + 2)]}
     figure["layout"]["yaxis"] |= {"autorange": "reversed", "showgrid": False}
@@ -106,7 +111,7 @@ def difference_dots(rows: Sequence[Row], column: str) -> Figure:
         rows: with a difference in this column, from the top down.
         column: key of a column.
     """
-    names = [_text(row.method) for row in rows]
+    names = [chart_text(row.method) for row in rows]
     numbers = [row.differences[column] for row in rows]
     means = {
         "type": "scatter",
@@ -117,7 +122,7 @@ def difference_dots(rows: Sequence[Row], column: str) -> Figure:
         "marker": {"color": [_row_look(row)[0] for row in rows], "size": 11, "line": {"color": "--ink", "width": 1.5}},
         "hovertemplate": "%{y}: %{x:+.1f}<extra>mean</extra>",
     }
-    figure = _figure([means], x_title="difference to interpolation, points", height=90 + 26 * len(rows))
+    figure = new_figure([means], x_title="difference to interpolation, points", height=90 + 26 * len(rows))
     none = {"x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper"}
     line = {"color": "--muted", "width": 1.5, "dash": "dash"}
     figure["layout"] |= {"showlegend": False, "shapes": [{"type": "line", "layer": "below", "line": line, **none}]}
@@ -173,7 +178,7 @@ def kept_curve(points: Sequence[KeptPoint], baseline: Number | None) -> Figure:
                 "hovertemplate": "Baseline: %{y:.1f} %<extra></extra>",
             }
         )
-    return _figure(traces, x_title="parameters, millions", y_title="mean recall, percent", height=380)
+    return new_figure(traces, x_title="parameters, millions", y_title="mean recall, percent", height=380)
 
 
 def coefficient_curves(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
@@ -206,14 +211,17 @@ def coefficient_curves(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
         traces = []
         for (role, method), points in series.items():
             traces.append(_coefficient_trace(name, role, method, points, used))
-        figure = _figure(traces, x_title=f"{name} of the merge", y_title="percent", height=340)
+        figure = new_figure(traces, x_title=f"{name} of the merge", y_title="percent", height=340)
         charts.append((f"{metric}, validation split, against {name}", figure))
     return charts
 
 
 def pretraining_curves(curves: Sequence[Curve]) -> list[tuple[str, Figure]]:
-    """Draw the losses of pre-training, the recipe's seed and experts one after the other on one axis."""
-    curves = [curve for curve in curves if curve.stage == "pretraining"]
+    """Draw the losses of pre-training, the recipe's seed and experts one after the other on one axis.
+
+    Of further expert sets there would be too many.
+    """
+    curves = [x for x in curves if x.stage == "pretraining" and not x.model.startswith(("seed-", "experts-"))]
     seed_steps: dict[int, list[int]] = defaultdict(list)
     for curve in curves:
         if curve.model == "seed" and curve.points:
@@ -277,13 +285,13 @@ def _loss_charts(
                     "y": values,
                     "line": {"color": colour, "dash": dash, "width": 1.6},
                     "opacity": 0.8,
-                    "hovertemplate": f"{_text(curve.title)}, random seed {curve.random_seed}<br>"
+                    "hovertemplate": f"{chart_text(curve.title)}, random seed {curve.random_seed}<br>"
                     "step %{x:.0f}: %{y:.3f}<extra></extra>",
                 }
             )
             named.add(name)
         if traces:
-            charts.append((LOSSES[loss], _figure(traces, x_title="step", y_title="nats", height=340)))
+            charts.append((LOSSES[loss], new_figure(traces, x_title="step", y_title="nats", height=340)))
     return charts
 
 
@@ -297,7 +305,7 @@ def _coefficient_trace(
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": _text(f"{who_is(role)}, {method}"),
+        "name": chart_text(f"{who_is(role)}, {method}"),
         "x": values,
         "y": [number.mean for number in numbers],
         "error_y": {
@@ -315,6 +323,63 @@ def _coefficient_trace(
         },
         "hovertemplate": f"{name} %{{x}}: %{{y:.1f}} %<extra></extra>",
     }
+
+
+class OutcomeLooks:
+    """Colours of architectures and symbols of seed fractions, the same in every chart.
+
+    Args:
+        points: all that are drawn.
+    """
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        architectures = dict.fromkeys(point.architecture for point in points)
+        fractions = sorted({point.seed_fraction for point in points})
+        rates = {point.rate_factor for point in points}
+        self.colours = dict(zip(architectures, itertools.cycle(COLOURS)))
+        self.symbols = dict(zip(fractions, itertools.cycle(SIGNS)))
+        self.filled = max(rates) if len(rates) > 1 else None  # smaller rate factors are drawn open
+
+    def symbol(self, point: Point) -> str:
+        """Choose the symbol of a point."""
+        is_open = self.filled is not None and point.rate_factor < self.filled
+        return f"{self.symbols[point.seed_fraction]}-open" if is_open else self.symbols[point.seed_fraction]
+
+
+def outcome_dots(points: Sequence[Point], metric: str, title: str, *, of: str) -> Figure:
+    """Draw the drop against one distance, one dot per expert set and random seed.
+
+    Args:
+        points: all of the study, so that colours and symbols agree; those without this distance are left out.
+        metric: name of the distance.
+        title: the same for people.
+        of: "changes" or "weights".
+    """
+    looks = OutcomeLooks(points)
+    traces = []
+    for architecture, colour in looks.colours.items():
+        drawn = [x for x in points if x.architecture == architecture and metric in x.distances.get(of, {})]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": chart_text(architecture),
+                "x": [point.distances[of][metric] for point in drawn],
+                "y": [round(point.drop, 4) for point in drawn],
+                "text": [f"{chart_text(point.expert_set)}, random seed {point.random_seed}" for point in drawn],
+                "marker": {
+                    "color": colour,
+                    "symbol": [looks.symbol(point) for point in drawn],
+                    "size": 9,
+                    "line": {"width": 1.5, "color": colour},
+                },
+                "hovertemplate": "%{text}<br>%{xaxis.title.text} %{x:.3g}, drop %{y:.1f} points<extra></extra>",
+            }
+        )
+    figure = new_figure(traces, x_title=chart_text(title), y_title="drop, points", height=250)
+    figure["layout"] |= {"showlegend": False}
+    figure["layout"]["margin"] |= {"t": 8}
+    return figure
 
 
 def look(who: str, method: str = "") -> tuple[str, str, str]:
@@ -341,11 +406,8 @@ def who_is(model: str) -> str:
     return model
 
 
-def _row_look(row: Row) -> tuple[str, str, str]:
-    return look(row.role, row.method)
-
-
-def _figure(data: list[Figure], *, x_title: str, height: int, y_title: str = "") -> Figure:
+def new_figure(data: list[Figure], *, x_title: str, height: int, y_title: str = "") -> Figure:
+    """Put traces on a chart in the page's look: transparent, with the legend above."""
     axis = {"gridcolor": "--line", "zeroline": False, "linecolor": "--line", "automargin": True}
     layout = {
         "height": height,
@@ -362,9 +424,13 @@ def _figure(data: list[Figure], *, x_title: str, height: int, y_title: str = "")
     return {"data": data, "layout": layout}
 
 
-def _text(text: str) -> str:
+def chart_text(text: str) -> str:
     """Escape for plotly.js, which also reads `%{...}` in the templates of hover texts."""
     return html.escape(text, quote=False).replace("%{", "% {")
+
+
+def _row_look(row: Row) -> tuple[str, str, str]:
+    return look(row.role, row.method)
 
 
 def _break(name: str) -> str:
@@ -373,5 +439,5 @@ def _break(name: str) -> str:
         if sign in name:
             first, rest = name.split(sign, 1)
             first, rest = (first + ",", rest) if sign == ", " else (first, "(" + rest)
-            return f"{_text(first)}<br>{_text(rest)}"
-    return _text(name)
+            return f"{chart_text(first)}<br>{chart_text(rest)}"
+    return chart_text(name)

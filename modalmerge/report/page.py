@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from modalmerge.outcomes import KINDS
 from modalmerge.records import Cell
-from modalmerge.report import charts
+from modalmerge.report import charts, outcomes
+from modalmerge.report.document import document
 from modalmerge.report.mechanisms import kept_curve, mechanisms, repairs
+from modalmerge.report.numbers import unique
 from modalmerge.report.parts import Parts, escape, html_table, parameter_count, row_head, scroll, traced_or_dash
 from modalmerge.report.run import Predictions, Run, read_run
-from modalmerge.report.style import SCRIPT, STYLE
+from modalmerge.report.style import TRACE
 from modalmerge.report.summary import (
     COLUMNS,
     EXTRA_COLUMNS,
@@ -20,7 +23,6 @@ from modalmerge.report.summary import (
     Row,
     Summary,
     summarise,
-    unique,
 )
 from modalmerge.report.text import (
     NOTE_GAIN,
@@ -33,11 +35,7 @@ from modalmerge.report.text import (
 
 SAMPLES_SHOWN = 6  # per task; further ones are folded away
 CAPTIONS_SHOWN = 3  # per model and image, else the page is mostly captions
-# the page may run its own script and show its own images, and load nothing
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
-    "base-uri 'none'; form-action 'none'"
-)
+DISTANCES_SHOWN = ("ssd", "tssd", "tssd_ratio")  # the cells hold more
 INTRODUCTION = """
 <p>A vision-language transformer can give images, texts and their combination weights of their own, one
 <em>expert</em> per modality (<strong>modality-specific</strong>), or share one set of weights between them
@@ -68,7 +66,8 @@ def write_report(run: Path, output: Path) -> int:
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"{output} cannot be written: give a file in a folder that exists, such as report.html")
     content = read_run(run)
-    text = markdown_page(content) if output.suffix == ".md" else page(content)
+    cells = unique(content.cells)
+    text = markdown_page(content) + outcomes.markdown_outcomes(cells) if output.suffix == ".md" else page(content)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -78,13 +77,11 @@ def write_report(run: Path, output: Path) -> int:
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
-    return len(unique(content.cells))
+    return len(cells)
 
 
 def page(run: Run) -> str:
     """Lay a run out as HTML."""
-    from plotly.offline import get_plotlyjs  # here: the table of the terminal does without plotly
-
     cells = unique(run.cells)
     summary = summarise(cells, **run.asked)
     parts = Parts(cells)
@@ -100,6 +97,7 @@ def page(run: Run) -> str:
         repairs(summary, parts),
         _controls(summary, parts),
         _recalls(summary, parts),
+        outcomes.outcome_section(cells, parts),
         _distances(summary, parts),
         _coefficients(cells, parts),
         _losses(run, parts),
@@ -107,30 +105,7 @@ def page(run: Run) -> str:
         _footer(run, cells),
     ]
     body = "\n".join(section for section in sections if section)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<noscript><p class="missing">The charts need JavaScript; every number is in the tables too.</p></noscript>
-{body}
-<script type="application/json" id="figures">{_script_json(parts.figures)}</script>
-<script>{get_plotlyjs()}</script>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
-
-
-def _script_json(content: Any) -> str:
-    """Write JSON that cannot end the script element around it."""
-    text = json.dumps(content, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return document(title, body, parts.figures, style=outcomes.STYLE, script=TRACE + outcomes.SCRIPT)
 
 
 def _subtitle(summary: Summary, cells: Sequence[Cell]) -> str:
@@ -264,23 +239,30 @@ def _recalls(summary: Summary, parts: Parts) -> str:
 
 def _distances(summary: Summary, parts: Parts) -> str:
     rows = [row for row in _all_rows(summary) if row.distances]
-    if not rows:
+    columns = [
+        (kind, metric)
+        for kind in KINDS
+        for metric in DISTANCES_SHOWN
+        if any(metric in row.distances.get(kind, {}) for row in rows)
+    ]
+    if not columns:
         return ""
-    metrics = sorted({metric for row in rows for metric in row.distances})
     lines = []
     for row in rows:
         texts = []
-        for metric in metrics:
-            number = row.distances.get(metric)
+        for kind, metric in columns:
+            number = row.distances.get(kind, {}).get(metric)
             if number is None:
                 texts.append("–")
                 continue
             spread = "" if number.half_width is None else f" ± {number.half_width:.2g}"
             texts.append(parts.traced(number, f"{number.mean:.3g}{spread}"))
         lines.append([row_head(row), *texts])
+    titles = [f"{outcomes.title_of(metric)} of {kind}" for kind, metric in columns]
     return (
-        "<section><h2>How far apart the experts are</h2><p>Distances between the experts that a model has, "
-        f"or that it was merged from.</p>{html_table(['Model', *metrics], lines)}</section>"
+        "<section><h2>How far apart the experts are</h2><p>Distances between the experts that a model was merged from: "
+        "of their changes since the weights that they started from, and of their weights.</p>"
+        f"{html_table(['Model', *titles], lines)}</section>"
     )
 
 

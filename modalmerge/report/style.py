@@ -1,4 +1,4 @@
-"""The page's style sheet and script."""
+"""The style sheet of the pages, and what their scripts do."""
 
 STYLE = """
 :root {
@@ -107,9 +107,57 @@ footer { margin-top: 3.5rem; border-top: 1px solid var(--line); }
 }
 """
 
-SCRIPT = """
-"use strict";
-(() => {
+# what the page of distances has beside that; ink can be read on every colour of its scales
+HEAT = """
+:root {
+  --alike: #6badde; --unrelated: #ebe8de; --opposed: #f0935a; --little: #eeece4; --much: #b093dc;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root { --alike: #1d679f; --unrelated: #2f3237; --opposed: #a34f1b; --little: #2a2d31; --much: #6b4da3; }
+}
+code, .subtitle, .prose li { overflow-wrap: anywhere; }
+.scale {
+  display: block; position: relative; height: .6rem; border-radius: 3px; margin-bottom: .35rem;
+  background: linear-gradient(to right, var(--colours)); print-color-adjust: exact; -webkit-print-color-adjust: exact;
+}
+.scale i {
+  position: absolute; top: -.2rem; bottom: -.2rem; width: .35rem; margin-left: -.175rem;
+  background: var(--ink); border: 1px solid var(--paper); border-radius: 2px;
+}
+.overall .reading { min-width: 15rem; font-size: .9rem; }
+.overall .reading .scale { margin-top: .35rem; }
+.overall thead th.number { min-width: 0; }
+.overall th .small { max-width: 15rem; }
+.legend { display: flex; flex-wrap: wrap; justify-content: space-between; font-size: .78rem; color: var(--muted); }
+.legend .scale { width: 100%; margin-bottom: .15rem; }
+.heat { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 2rem 1.75rem; align-items: end; }
+.heat > div { min-width: 0; }
+.heat h3, .heat .note { margin: 0 0 .25rem; }
+.track { display: block; width: 8rem; height: .5rem; margin: .2rem 0 0 auto; background: var(--panel); }
+.bar { display: block; height: 100%; background: var(--much); print-color-adjust: exact; }
+.parameters th code { display: block; min-width: 14rem; font-weight: 400; }
+.parameters thead th.number, details thead th.number { min-width: 0; }
+@media screen and (max-width: 48rem) {
+  .overall, .overall tbody, .overall tr, .overall th, .overall td { display: block; }
+  .overall thead { display: none; }
+  .overall tr { border-bottom: 1px solid var(--line); padding: .6rem 0; }
+  .overall th, .overall td { border: 0; padding: .1rem 0; }
+  .overall td.number { display: flex; justify-content: space-between; }
+  .overall td.none { display: none; }
+  .overall td.number::before { content: attr(data-title); color: var(--muted); }
+  .overall th .small { max-width: none; }
+  .parameters tbody th[scope="row"], .parameters thead th:first-child { position: static; }
+}
+@media print {
+  html { font-size: 9pt; }
+  .heat > div { break-inside: avoid; }
+  .parameters table, details table { font-size: 7pt; }
+  .parameters th code { min-width: 0; }
+}
+"""
+
+# draws every figure of the page, again when colours or paper change
+DRAW = """
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const config = {displaylogo: false, responsive: true, displayModeBar: false};
   const coloured = (value, style) => {
@@ -132,7 +180,10 @@ SCRIPT = """
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   matchMedia("print").addEventListener("change", draw);
+"""
 
+# leads from a number to its cells
+TRACE = """
   const rows = document.querySelectorAll("#cells tbody tr");
   const cells = document.getElementById("cells");
   const all = document.getElementById("show-all");
@@ -147,5 +198,4 @@ SCRIPT = """
     show(new Set(link.dataset.cells.split(" ").map(Number)));
     cells.open = true;
   });
-})();
 """

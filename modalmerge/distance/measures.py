@@ -1,12 +1,13 @@
-"""Distances between the experts of a model: how far apart training took them.
+"""Distances between the experts of one parameter, as functions of tensors.
 
 Every distance is a function of stacked changes (what training did to each expert), or of the stacked weights
 themselves where the seed is unknown; weights of siblings are dominated by what they share, so that all but `l2` and
 `norm_ratio` are small then. Pairwise distances are the mean over all pairs of experts. None depends on how experts
-are merged.
+are merged. `DISTANCES` give a number for all experts together, `energy_shares` and `subspace_alignment` one for each.
 
 What a distance is made of, `inner_products`, `squared_differences`, `opposite_signs` and `conflict`, are sums over
-coordinates: those of the pieces of a parameter, or of several parameters, add up to those of the whole.
+coordinates: those of the pieces of a parameter, or of several parameters, add up to those of the whole. So do the
+`aligned_squares` of several parameters.
 
 Cases without a spread to measure are 0 (`norm_ratio`: 1): one expert, no elements, all changes zero. Where one of two
 changes is zero, they have no direction in common (`cosine` 1), no opposite signs, and `norm_ratio` is infinite.
@@ -56,6 +57,40 @@ def conflict(changes: Float[Tensor, " expert *dims"]) -> Float[Tensor, " 2"]:
         return torch.stack([torch.where(active, shares, 0.0).sum(), active.sum()])
 
     return _total(changes, of_piece, 2)
+
+
+def aligned_squares(
+    changes: Float[Tensor, " expert rows columns"], *, energy: float = 0.95
+) -> Float[Tensor, " expert 2"]:
+    """Square the norm of every change within the directions of the merged change, and in all; float64.
+
+    The directions are those left singular vectors of the mean of the changes, as few as do, that hold a share of its
+    energy.
+
+    Args:
+        changes: of one matrix, whole.
+        energy: share of the merged change's squared norm that its directions hold, in (0, 1].
+
+    Returns:
+        (within, in all) for every expert. Where the changes cancel there is no direction, and nothing within; NaN where
+        an element is not finite.
+
+    Raises:
+        ValueError: `energy` is outside (0, 1].
+    """
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    wide = changes.double()
+    whole = wide.square().sum((1, 2))
+    if not bool(wide.isfinite().all()):
+        return torch.full((len(changes), 2), math.nan, dtype=torch.float64)
+    if not wide.numel():
+        return torch.stack([whole, whole], 1)
+    vectors, values, _ = torch.linalg.svd(wide.mean(0), full_matrices=False)
+    held = values.square().cumsum(0)
+    num_vectors = int((held < energy * held[-1]).sum()) + 1 if held[-1] else 0
+    within = (vectors[:, :num_vectors].T @ wide).square().sum((1, 2))
+    return torch.stack([within.minimum(whole), whole], 1)  # by rounding it may exceed the whole
 
 
 def truncate(changes: Float[Tensor, " expert *dims"], *, density: float) -> Float[Tensor, " expert *dims"]:
@@ -120,8 +155,8 @@ def ssd(changes: Float[Tensor, " expert *dims"]) -> float:
     Source:
         Sung et al. 2023, arXiv:2304.14933.
     """
-    total, num_active = conflict(changes).tolist()
-    return total / max(1.0, num_active)
+    total, num_active = conflict(changes)
+    return float(total / num_active.clamp(min=1))
 
 
 def tssd(changes: Float[Tensor, " expert *dims"], *, density: float = 0.5) -> float:
@@ -148,6 +183,32 @@ def norm_ratio(changes: Float[Tensor, " expert *dims"]) -> float:
     return float(norms.max() / norms.min())
 
 
+def energy_shares(changes: Float[Tensor, " expert *dims"]) -> Float[Tensor, " expert"]:
+    """Divide the squared norm of every change by the sum of those of all; equal shares where no expert changed."""
+    squares = inner_products(changes).diagonal()
+    return _divide(squares, squares.sum(), otherwise=1 / max(1, len(squares)))
+
+
+def subspace_alignment(
+    changes: Float[Tensor, " expert rows columns"], *, energy: float = 0.95
+) -> Float[Tensor, " expert"]:
+    """Measure the share of each change's norm within the directions of the merged change: 0 to 1, high is alike.
+
+    Args:
+        changes: of one matrix, whole.
+        energy: as in `aligned_squares`.
+
+    Returns:
+        One number for every expert, in float64; 1 for a change that is zero, which lies within any directions.
+
+    Source:
+        Marczak et al. 2025, arXiv:2502.04959, section 3 (the subspace alignment ratio). The energy is a share of the
+        squared norm here.
+    """
+    within, whole = aligned_squares(changes, energy=energy).unbind(1)
+    return _divide(within, whole, otherwise=1.0).sqrt()
+
+
 DISTANCES: Mapping[str, Callable[..., float]] = {
     "l2": l2,
     "relative_l2": relative_l2,
@@ -168,7 +229,7 @@ def _total(changes: Tensor, measure: Callable[[Tensor], Tensor], num: int) -> Te
     """Add up what is measured of the pieces of flattened changes, in float64."""
     flat = changes.reshape(len(changes), math.prod(changes.shape[1:]))  # (expert, n)
     total = flat.new_zeros(num, dtype=torch.float64)
-    for piece in flat.split(_PIECE, dim=1):
+    for piece in torch.split(flat, _PIECE, dim=1):
         total += measure(piece.double())
     return total
 

@@ -1,0 +1,301 @@
+"""Measure what distances are made of, piece by piece, in at most two passes over the files.
+
+Every thread takes the next parameter, the largest first, and goes through its pieces: reading and arithmetic release
+the interpreter's lock, so that they overlap. A short sample of the parameter says nearly where truncation cuts; with
+that one pass is enough, and the few elements of which it is not sure wait for its end in memory. Where they would be
+too many, or the sample misled, a second pass follows, which goes by elements of every piece. Should that mislead too,
+which takes data made for it, the parameter is read once more, by what the two passes have proved.
+
+Changes of 16-bit numbers are computed in float32, in which they are exact or right to the last bit; sums of a piece
+are right to about 1e-6 of themselves, and added up in float64. Everything else is float64 throughout.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from modalmerge.distance.groups import Group
+from modalmerge.distance.measures import aligned_squares
+from modalmerge.distance.pieces import PIECE, Array, Piece, Range, Readable, Reader, sizes_of, to_bits, to_float
+from modalmerge.distance.sums import Numbers, ParameterSums
+from modalmerge.distance.tally import Tally, conflict, opposite_signs
+from modalmerge.distance.thresholds import Cut, exact_cut, likely_cut, num_kept, share_between
+from modalmerge.layouts import ZEROS
+
+NULL_SAMPLE = 2**16  # coordinates of each parameter, at most, on which nulls are measured
+RUN = 2**9  # coordinates of one stretch of the sample
+OPEN_BYTES = 2**26  # of elements that wait for the end of a pass
+
+Report = Callable[[int, int], None]
+
+
+def measure_groups(
+    groups: Sequence[Group],
+    inputs: Sequence[Readable],
+    *,
+    density: float = 0.5,
+    random_seed: int = 0,
+    num_threads: int | None = None,
+    subspace: bool = False,
+    report: Report | None = None,
+) -> tuple[list[ParameterSums], list[str]]:
+    """Measure the sums that distances are made of.
+
+    Args:
+        groups: of `list_groups`.
+        inputs: what their sources name by number: the experts' checkpoints in the order given there, then the base.
+        density: share of every change that truncation keeps, in (0, 1].
+        random_seed: of the shuffles that nulls are made of.
+        num_threads: None for one per core, up to 8. Results do not depend on it.
+        subspace: also measure alignment, which needs every matrix whole, and its singular vectors.
+        report: called with the bytes done and those to do.
+
+    Returns:
+        The sums of every parameter that is finite, in the order of the groups, and lines about what was left out or
+        deserves a word: elements that are NaN or infinite, changes that are zero throughout.
+
+    Raises:
+        ValueError: the density is out of range, or a file cannot be read.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density}")
+    if num_threads is None:
+        num_threads = min(8, os.cpu_count() or 1)
+    state = _State(
+        inputs=inputs,
+        density=density,
+        random_seed=random_seed,
+        subspace=subspace,
+        total=sum(_num_bytes(group, inputs) for group in groups),
+    )
+    order = sorted(range(len(groups)), key=lambda number: -groups[number].num_elements)
+    tasks = iter([(number, groups[number]) for number in order])
+    threads_before = torch.get_num_threads()
+    threads = [threading.Thread(target=_work, args=(tasks, state), daemon=True) for _ in range(num_threads)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # in turns, so that Ctrl-C gets through
+                thread.join(0.2)
+                if report is not None:
+                    report(min(state.done, state.total), state.total)
+    except BaseException:
+        state.stop = True
+        for thread in threads:
+            thread.join()
+        raise
+    finally:
+        torch.set_num_threads(threads_before)
+    if state.error is not None:
+        raise state.error
+    if report is not None:
+        report(state.total, state.total)
+    found = [state.results[number] for number in range(len(groups))]
+    sums = [x for x in found if isinstance(x, ParameterSums)]
+    return sums, [x for x in found if isinstance(x, str)] + _notes_on_zeros(sums, is_change=groups[0].base is not None)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _State:
+    """What the threads share."""
+
+    inputs: Sequence[Readable]
+    density: float
+    random_seed: int
+    subspace: bool
+    total: int
+    done: int = 0
+    results: dict[int, ParameterSums | str] = dataclasses.field(default_factory=dict)
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    stop: bool = False
+    error: BaseException | None = None
+
+
+def _work(tasks: Iterator[tuple[int, Group]], state: _State) -> None:
+    """Measure parameters until there are none left, or one has failed."""
+    torch.set_num_threads(1)  # of this thread: there is a thread for every core already
+    reader = Reader(state.inputs)
+    while not state.stop:
+        group = None
+        try:
+            with state.lock:
+                number, group = next(tasks, (0, None))
+            if group is None:
+                return
+            result = _Parameter(group, reader, state).measure()
+            with state.lock:
+                state.results[number] = result
+        except BaseException as error:
+            if group is not None:
+                error.add_note(f"while measuring {group.name}")
+            with state.lock:
+                state.error = state.error or error
+                state.stop = True
+            return
+
+
+class _Parameter:
+    """One parameter that is being measured."""
+
+    def __init__(self, group: Group, reader: Reader, state: _State) -> None:
+        self._group = group
+        self._reader = reader
+        self._state = state
+        self._num_kept = num_kept(group.num_elements, density=state.density)
+        self._generator = _seeded_generator(state.random_seed, group.name)
+        self._num_bytes = _num_bytes(group, state.inputs)
+
+    def measure(self) -> ParameterSums | str:
+        """Measure it, or say why it is left out."""
+        sums = self._measure(wide=False)
+        if sums is None:
+            bad = sum(_num_nonfinite(piece) for piece in self._pieces(wide=False))
+            if bad:
+                return (
+                    f"{self._group.name} is left out: {bad} of its {self._group.num_elements} coordinates are NaN or "
+                    "infinite"
+                )
+            sums = self._measure(wide=True)  # squares of 16-bit numbers may be beyond float32
+        return sums or f"{self._group.name} is left out: squares of its elements are too large for float64"
+
+    def _measure(self, *, wide: bool) -> ParameterSums | None:
+        group, length = self._group, self._group.num_elements
+        runs = _runs(length, self._generator)
+        if length <= PIECE:
+            whole = self._read([(0, length)], wide=wide)
+            columns = np.concatenate([np.arange(begin, end) for begin, end in runs])
+            sample = np.stack([value.numpy()[columns] for value in whole.values])
+            cuts = [exact_cut(size, kept=self._num_kept) for size in sizes_of(whole.bits)]
+            dtype, tally = whole.dtype, self._tally(cuts, [whole])
+        else:
+            piece = self._read(runs, wide=wide)
+            dtype = piece.dtype
+            sample = np.stack([value.numpy() for value in piece.values])
+            tally = self._tally(self._likely_cuts(piece, len(runs)), self._pieces(wide=wide))
+        if tally is None:
+            return None
+        while (smallest := tally.settle()) is None:
+            with self._state.lock:
+                self._state.total += self._num_bytes
+            again = self._tally(tally.better_cuts(share=self._num_kept / length), self._pieces(wide=wide))
+            assert again is not None, "the first pass found only what can be squared"
+            tally = again
+        null_opposite, null_conflict, null_truncated = self._null(sample, [to_float(x, dtype) for x in smallest])
+        return ParameterSums(
+            name=group.name,
+            part=group.part,
+            layer=group.layer,
+            experts=group.experts,
+            num_elements=length,
+            products=tally.products(),
+            squared_differences=tally.squared_differences(),
+            opposite_signs=tally.opposite_signs(),
+            conflict=tally.conflict(),
+            truncated=tally.truncated(smallest),
+            null_opposite_signs=null_opposite,
+            null_conflict=null_conflict,
+            null_truncated=null_truncated,
+            num_sampled=sample.shape[1],
+            aligned=self._aligned() if self._state.subspace and len(group.shape) == 2 else None,
+        )
+
+    def _tally(self, cuts: Sequence[Cut] | None, pieces: Iterable[Piece]) -> Tally | None:
+        """Go through all pieces; None where they hold what cannot be squared."""
+        tally = Tally(len(self._group.experts), num_kept=self._num_kept, cuts=cuts)
+        for piece in pieces:
+            if not tally.add(piece, self._reader):
+                return None
+        return tally
+
+    def _pieces(self, *, wide: bool) -> Iterator[Piece]:
+        for begin in range(0, self._group.num_elements, PIECE):
+            if self._state.stop:
+                raise InterruptedError("another parameter failed")
+            yield self._read([(begin, min(begin + PIECE, self._group.num_elements))], wide=wide)
+
+    def _read(self, ranges: Sequence[Range], *, wide: bool) -> Piece:
+        piece = self._reader.read(self._group, ranges, wide=wide)
+        share = sum(end - begin for begin, end in ranges) / self._group.num_elements
+        with self._state.lock:
+            self._state.done += round(share * self._num_bytes)
+        return piece
+
+    def _likely_cuts(self, sample: Piece, num_runs: int) -> list[Cut] | None:
+        """Choose cuts by a sample; None where more elements would be left open than memory should hold."""
+        sizes = sizes_of(sample.bits)
+        share, infinity = self._num_kept / self._group.num_elements, to_bits(math.inf, sample.dtype)
+        cuts = [likely_cut(size, share=share, num_runs=num_runs, infinity=infinity) for size in sizes]
+        num_open = share_between(sizes, cuts) * self._group.num_elements
+        fits = num_open * sum(bits.itemsize for bits in sample.bits) <= OPEN_BYTES
+        return cuts if fits else None
+
+    def _null(self, sample: Array, thresholds: Sequence[float]) -> tuple[Numbers, Numbers, Numbers]:
+        """Measure a sample whose experts but the first are shuffled, in the scale of the parameter."""
+        num_sampled = sample.shape[1]
+        shuffled = [sample[0]]
+        for values in sample[1:]:
+            shuffled.append(values[torch.randperm(num_sampled, generator=self._generator).numpy()])
+        opposite = [opposite_signs(one, two) for one, two in itertools.combinations(shuffled, 2)]
+        scale = self._group.num_elements / num_sampled
+        return (
+            scale * np.array(opposite, dtype=np.float64),
+            scale * conflict(shuffled),
+            scale * conflict([x * (np.abs(x) >= least) for x, least in zip(shuffled, thresholds, strict=True)]),
+        )
+
+    def _aligned(self) -> Numbers:
+        pieces = [[value.clone() for value in piece.values] for piece in self._pieces(wide=False)]
+        changes = torch.stack([torch.cat(own) for own in zip(*pieces, strict=True)])
+        return aligned_squares(changes.view(-1, *self._group.shape)).numpy()
+
+
+def _num_nonfinite(piece: Piece) -> int:
+    """Count the coordinates in which any expert is NaN or infinite."""
+    finite = torch.isfinite(piece.values[0])
+    for value in piece.values[1:]:
+        finite &= torch.isfinite(value)
+    return len(finite) - int(torch.count_nonzero(finite))
+
+
+def _runs(length: int, generator: torch.Generator) -> list[Range]:
+    """Choose the stretches of a parameter that are its sample: one at random in each of equally many elements."""
+    if length <= NULL_SAMPLE:
+        return [(0, length)]
+    num_runs = NULL_SAMPLE // RUN
+    bounds = [number * length // num_runs for number in range(num_runs + 1)]
+    places = torch.rand(num_runs, generator=generator, dtype=torch.float64).tolist()
+    starts = [a + int(place * (b - a - RUN + 1)) for place, a, b in zip(places, bounds[:-1], bounds[1:], strict=True)]
+    return [(start, start + RUN) for start in starts]
+
+
+def _seeded_generator(random_seed: int, name: str) -> torch.Generator:
+    # of its own for every parameter, so that threads and what else is measured do not matter
+    digest = hashlib.sha256(f"{random_seed}\0{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
+def _num_bytes(group: Group, inputs: Sequence[Readable]) -> int:
+    sources = [*group.sources, *([group.base] if group.base else [])]
+    return sum(inputs[x.checkpoint].infos[x.name].num_bytes for x in sources if x.name != ZEROS)
+
+
+def _notes_on_zeros(sums: Sequence[ParameterSums], *, is_change: bool) -> list[str]:
+    """Say whose changes are zero throughout: they have no angle, and their norms no ratio."""
+    zeros: dict[str, list[str]] = {}
+    for parameter in sums:
+        for expert, square in zip(parameter.experts, parameter.products.diagonal(), strict=True):
+            if square == 0:
+                zeros.setdefault(expert, []).append(parameter.name)
+    what = "did not change" if is_change else "is zero"
+    return [
+        f"{expert} {what} in {len(names)} parameter{'' if len(names) == 1 else 's'}, such as {names[0]}"
+        for expert, names in zeros.items()
+    ]
