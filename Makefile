@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-shapes check bench bench-merge bench-methods clean
+.PHONY: demo test test-slow test-shapes check bench bench-merge bench-methods bench-distance clean
 
 demo: $(STAMP)
 	.venv/bin/modalmerge study tiny
@@ -34,6 +34,10 @@ bench-merge: $(STAMP)
 bench-methods: $(STAMP)
 	.venv/bin/modalmerge bench gram --rounds 3 -o bench/results/gram.json
 	.venv/bin/python bench/methods_base_size.py -o bench/results/methods_base_size.json
+
+# all distances against the L2 distance alone; likewise alone on the machine, the files take 8 GB of memory
+bench-distance: $(STAMP)
+	.venv/bin/modalmerge bench distance --scaling 0.2,0.5,1,2,4 -o bench/results/distance.json
 
 # torch goes first and alone: the pin takes the CPU build where the configured index offers one
 $(STAMP): pyproject.toml constraints.txt

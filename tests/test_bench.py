@@ -13,6 +13,7 @@ import torch
 
 from modalmerge import cli
 from modalmerge.bench import agreement, inputs, measuring, mergekit
+from modalmerge.bench import distance as distance_bench
 from modalmerge.bench import merge as bench
 from modalmerge.bench.agreement import Agreement, compare, round_to_bfloat16
 from modalmerge.bench.floor import copy_through
@@ -401,12 +402,45 @@ def test_nothing_is_left_after_an_interrupt(fake_mergekit, tmp_path):
 
 def test_nothing_is_left_after_a_polite_kill(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end, bench._workplace(tmp_path) as work:
+    with pytest.raises(SystemExit) as end, bench.workplace(tmp_path) as work:
         (work / "file").touch()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert end.value.code == 143 and list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# -- distances ----------------------------------------------------------------------------------------------
+
+
+def test_distances_are_measured_against_l2_alone(call, tmp_path):
+    (tmp_path / "work").mkdir()
+    options = ["--dir", tmp_path / "work", "--size", "1MB", "--rounds", 1, "--scaling", "0.0006"]
+    code, out, said = call("bench", "distance", *options, "--json", "-o", tmp_path / "results.json")
+    shown = json.loads(out)
+    assert code == 0 and json.loads((tmp_path / "results.json").read_text()) == shown
+    assert list((tmp_path / "work").iterdir()) == []
+    assert {"ours", "other", "ratio", "peak_rss_bytes", "load_average", "machine", "commit", "command"} <= set(shown)
+    assert all(shown["ratio"][key] == shown["other"][key] / shown["ours"][key] for key in distance_bench.MEASURES)
+    size, (scaled,) = shown["size"], shown["scaling"]
+    assert size["cpu_seconds_per_gb"] == pytest.approx(shown["ours"]["cpu_seconds"] / (size["bytes"] / 1e9))
+    assert scaled["bytes"] < size["bytes"] and "other" not in scaled
+    assert "round 1 of 1: other" in said
+    benchmarks._print_distance(shown)
+
+
+def test_both_find_the_same_l2(tmp_path, monkeypatch):
+    inputs.write_models(tmp_path, inputs.llama_config(500_000), inputs.EXPERTS)
+    monkeypatch.setattr(distance_bench, "PIECE", 1000)
+    ours, other = (distance_bench.run_contender(name, tmp_path) for name in distance_bench.CONTENDERS)
+    assert ours["l2"] == pytest.approx(other["l2"], rel=1e-5) and ours["l2"] > 0
+    with pytest.raises(ValueError, match="unknown contender 'l2'"):
+        distance_bench.run_contender("l2", tmp_path)
+
+
+def test_too_little_room_for_distances_is_said(call, tmp_path):
+    code, _, err = call("bench", "distance", "--dir", tmp_path, "--scaling", "10000000")
+    assert code == 1 and "2 checkpoints need 20000000.00 GB" in err
 
 
 # -- the environment for mergekit ---------------------------------------------------------------------------

@@ -129,15 +129,15 @@ def benchmark(
     chosen = {name: find(METHODS, name, "method to measure") for name in methods}
     if not chosen:
         raise ValueError(f"no method is named; choose of {', '.join(METHODS)}")
-    _check_room(folder, num_bytes, num_checkpoints=5, option="--dir")  # both outputs are kept, to be compared
-    _check_room(folder, max(scaling, default=0), num_checkpoints=3, option="--dir")
+    check_room(folder, num_bytes, num_checkpoints=5, option="--dir")  # both outputs are kept, to be compared
+    check_room(folder, max(scaling, default=0), num_checkpoints=3, option="--dir")
     if disk is not None:
-        _check_room(disk, num_bytes, num_checkpoints=3, option="--disk")
+        check_room(disk, num_bytes, num_checkpoints=3, option="--disk")
     config, sizes = llama_config(num_bytes), [llama_config(size) for size in scaling]
     python = mergekit_python or mergekit.make_environment(say)
     versions = mergekit.versions(python)
     load_before = os.getloadavg()
-    with _workplace(folder) as work:
+    with workplace(folder) as work:
         say("writing a seed and two experts")
         checkpoint_bytes = write_models(work, config)
         measured = {
@@ -206,7 +206,7 @@ def _measure_ours(
 ) -> dict[str, Any]:
     """Measure the average of two experts by this project alone; cold: from the disk, and beside its floor."""
     method = METHODS["linear"]
-    with _workplace(folder) as work:
+    with workplace(folder) as work:
         say("writing two experts")
         num_bytes = write_models(work, config, EXPERTS)
         contenders = {"ours": _ours(method, work)}
@@ -277,16 +277,17 @@ def _take_turns(
             )
             if name not in kept or turn < rounds:
                 shutil.rmtree(contender.output)
-    return {name: _summary(usages) for name, usages in runs.items()}
+    return {name: summarise_runs(usages) for name, usages in runs.items()}
 
 
-def _summary(usages: Sequence[Usage]) -> dict[str, Any]:
+def summarise_runs(usages: Sequence[Usage]) -> dict[str, Any]:
+    """Give the median of every measure, and all runs."""
     rows = [dataclasses.asdict(usage) for usage in usages]
     return {"median": {key: statistics.median(row[key] for row in rows) for key in rows[0]}, "runs": rows}
 
 
 @contextlib.contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
+def workplace(folder: Path) -> Iterator[Path]:
     """Give a folder that is gone afterwards, also after Ctrl-C and a polite kill: it may fill half of the memory."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -296,7 +297,8 @@ def _workplace(folder: Path) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_room(folder: Path, num_bytes: int, *, num_checkpoints: int, option: str) -> None:
+def check_room(folder: Path, num_bytes: int, *, num_checkpoints: int, option: str) -> None:
+    """Check that a folder is there and has room for checkpoints; `option` is what messages call it."""
     if not folder.is_dir():
         raise ValueError(f"{option} {folder}: no such folder; make it, or choose another")
     needed = num_checkpoints * num_bytes

@@ -58,14 +58,14 @@ def bench_merge(
     from modalmerge.bench.merge import benchmark
 
     measured = benchmark(
-        folder=folder or (_MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())),
+        folder=_folder(folder),
         num_bytes=_bytes("--size", size),
         methods=[name for name in methods.split(",") if name],
         rounds=rounds,
         mergekit_python=mergekit,
         tuned=tuned,
         floor=floor,
-        scaling=[_bytes("--scaling", f"{number}GB") for number in scaling.split(",") if number],
+        scaling=_sizes(scaling),
         disk=disk,
         say=_say,
     )
@@ -93,6 +93,42 @@ def bench_gram(
     )
     measured = _keep(benchmark(settings, rounds=rounds, say=_say), output)
     print_json(measured) if as_json else _print_gram(measured)
+
+
+@bench_app.command("distance", epilog="Example: modalmerge bench distance --scaling 0.2,0.5,1,2,4 -o distance.json")
+def bench_distance(
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Where the files lie meanwhile, twice the size; in memory by default."),
+    ] = None,
+    size: Annotated[str, typer.Option(help="About the size of each of two checkpoints.")] = "2.2GB",
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turns; medians are shown.", min=1)] = 5,
+    scaling: Annotated[
+        str, typer.Option(metavar="GB,GB,...", help="Also measure the distances alone at these sizes.")
+    ] = "",
+    as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for everything measured.")] = None,
+) -> None:
+    """Measure all default distances against the L2 distance alone: time and memory."""
+    from modalmerge.bench.distance import benchmark
+
+    measured = benchmark(
+        folder=_folder(folder),
+        num_bytes=_bytes("--size", size),
+        rounds=rounds,
+        scaling=_sizes(scaling),
+        say=_say,
+    )
+    measured = _keep(measured, output)
+    print_json(measured) if as_json else _print_distance(measured)
+
+
+def _folder(chosen: Path | None) -> Path:
+    return chosen or (_MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir()))
+
+
+def _sizes(scaling: str) -> list[int]:
+    return [_bytes("--scaling", f"{number}GB") for number in scaling.split(",") if number]
 
 
 def _say(line: str) -> None:
@@ -146,6 +182,35 @@ def _print_gram(measured: dict[str, Any]) -> None:
     console.print(table)
     before, after = (measured["load_average"][when][0] for when in ("before", "after"))
     console.print(f"added by naive hooks / by modalmerge: {measured['ratio']:.2f}")
+    console.print(f"load average {before:.2f} before, {after:.2f} after")
+
+
+def _print_distance(measured: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    size, machine = measured["size"], measured["machine"]
+    console.print(
+        f"{size['bytes'] / 1e9:.3g} GB read from {measured['filesystem']}, medians of {measured['rounds']}; "
+        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
+    )
+    table = Table("", "all distances", "L2 alone", "all / L2")
+    for key, label in _LABELS.items():
+        scale = 1e-6 if key.endswith("bytes") else 1
+        ours, other = (scale * measured[name][key] for name in ("ours", "other"))
+        label = "without start-up, processor s" if key == "work_seconds" else label
+        table.add_row(label, f"{ours:.2f}", f"{other:.2f}", f"{ours / other:.2f}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    console.print(f"processor seconds per GB read: {size['cpu_seconds_per_gb']:.2f}")
+    for row in measured["scaling"]:
+        console.print(
+            f"{row['bytes'] / 2e9:.3g} GB each: {row['nanoseconds_per_element']:.2f} ns an element without start-up, "
+            f"{row['ours']['median']['peak_rss_bytes'] / 1e6:.0f} MB"
+        )
+    before, after = (measured["load_average"][when][0] for when in ("before", "after"))
     console.print(f"load average {before:.2f} before, {after:.2f} after")
 
 
