@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import random
 
 from PIL import Image
 
@@ -20,6 +21,12 @@ VALUES = {
 }
 # added to every value of a random seed, so that means and differences can be told by hand
 SHIFTS = {0: 0.0, 1: 1.0, 2: 2.0}
+
+
+def fake_distances(tssd):
+    """Distances as a merged cell carries them, all from one of them."""
+    changes = {"ssd": 2 * tssd, "ssd_ratio": tssd / 0.15, "tssd": tssd, "tssd_ratio": tssd / 0.134}
+    return {"changes": changes, "weights": {"tssd": tssd / 10}}
 
 
 def make_cell(role, method, random_seed, value, **changes):
@@ -47,7 +54,7 @@ def make_cell(role, method, random_seed, value, **changes):
         "num_samples": {"text": 200, "image": 1000}.get(metric.split("_")[0], 1000),
         "steps": 3000,
         "parameters": 2_340_000 if role == "specific" else 1_230_000,
-        "distances": {"tssd": 0.25 + random_seed / 100} if role in ("naive", "recipe") else {},
+        "distances": fake_distances(0.25 + random_seed / 100) if role in ("naive", "recipe") else {},
         "commit": "0123abc",
         "command": "modalmerge study tiny",
     }
@@ -135,6 +142,64 @@ def kept_cells(random_seeds=(0, 1, 2)):
             cells.append(make_cell("other", "interpolation", seed, value, **changes))
             cells.append(make_cell("other", "interpolation", seed, value - 1, split="validation", **changes))
     return cells
+
+
+# expert sets; the drop follows TSSD, the others go with it more and more loosely
+ARCHITECTURES = ("specific", "attention", "ffn")
+SEED_FRACTIONS = (0.0, 0.25, 0.5, 0.75)
+RATE_FACTORS = (0.3, 1.0)
+LOOSENESS = {
+    "tssd": 0.02,
+    "tssd_ratio": 0.1,
+    "ssd": 0.2,
+    "ssd_ratio": 0.4,
+    "relative_l2": 0.4,
+    "cosine": 0.6,
+    "l2": 1.0,
+    "sign_conflict": 1.0,
+    "sign_conflict_ratio": 1.5,
+    "norm_ratio": 8.0,
+}
+
+
+def set_cells(architecture, fraction, rate, random_seed, *, unmerged, merged, distances, tried=(0.5,)):
+    """Cells of one expert set: unmerged, merged, and validation cells of every ratio that was tried."""
+    name = f"{architecture}-{fraction:g}-{rate:g}"
+    about = {"expert_set": name, "architecture": architecture, "seed_fraction": fraction, "rate_factor": rate}
+    start = f"tiny/{random_seed}/set-{name}"
+    cells = [make_cell("other", "none", random_seed, unmerged, settings=about, id=f"{start}/none")]
+    changes = {"settings": about | {"ratio": 0.5}, "distances": distances}
+    cells.append(make_cell("other", "interpolation", random_seed, merged, id=f"{start}/merged", **changes))
+    for ratio in tried:
+        changes = {"settings": about | {"ratio": ratio}, "split": "validation", "id": f"{start}/{ratio}"}
+        cells.append(make_cell("other", "interpolation", random_seed, merged + 1, **changes))
+    return cells
+
+
+def expert_set_cells(random_seeds=(0, 1)):
+    generator = random.Random(0)
+    cells = []
+    for place, architecture in enumerate(ARCHITECTURES):
+        for fraction in SEED_FRACTIONS:
+            for rate in RATE_FACTORS:
+                for seed in random_seeds:
+                    apart = (1 - fraction) * (0.5 + rate / 2) * (1 - 0.1 * place) + generator.gauss(0, 0.02)
+                    drop = 34 / (1 + math.exp(-8 * (apart - 0.5))) + generator.gauss(0, 1)
+                    unmerged = 40 - 6 * (rate < 1) + generator.gauss(0, 0.5)
+                    distances = {
+                        "changes": {x: abs(apart + generator.gauss(0, by)) for x, by in LOOSENESS.items()},
+                        "weights": {x: abs(apart / 5 + generator.gauss(0, by)) for x, by in LOOSENESS.items()},
+                    }
+                    merged = max(unmerged - drop, 1.0)
+                    cells += set_cells(
+                        *(architecture, fraction, rate, seed), unmerged=unmerged, merged=merged, distances=distances
+                    )
+    return cells
+
+
+def few_set_cells():
+    """Half of them, where all would take long."""
+    return [cell for cell in expert_set_cells() if cell.settings["rate_factor"] == 1]
 
 
 def further_cells():

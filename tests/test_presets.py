@@ -128,6 +128,7 @@ def changed(**changes):
 def test_nothing_further_is_done_by_default():
     preset = load_preset("tiny")
     assert (preset.methods, preset.repairs, preset.keep_fractions) == ((), (), ())
+    assert preset.expert_sets == ()
 
 
 def test_all_is_spelled_out():
@@ -151,9 +152,19 @@ def test_fractions_are_numbers():
     assert changed(keep_fractions="0.5").keep_fractions == (0.5,)
 
 
+def test_expert_sets_are_every_combination():
+    preset = changed(architectures="ffn,specific", seed_fractions="[0, 0.25]", rate_factors="[0.3, 1]")
+    names = [expert_set.name for expert_set in preset.expert_sets]
+    assert names[:4] == ["ffn-0-0.3", "ffn-0-1", "ffn-0.25-0.3", "ffn-0.25-1"]
+    assert len(set(names)) == len(names) == 8
+    (alone,) = changed(seed_fractions="[0.25]").expert_sets
+    assert alone.name == "specific-0.25-1", "where nothing is named, it is as in the recipe"
+
+
 def test_a_file_of_before_the_further_fields_is_read(tmp_path):
     values = to_dict(load_preset("tiny"))
     later = ("methods", "repairs", "keep_fractions", "healing", "continued_steps", "statistics_samples")
+    later += ("architectures", "seed_fractions", "rate_factors")
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if key not in later}))
     assert read_preset(path) == load_preset("tiny")
@@ -176,6 +187,12 @@ def test_a_file_of_before_the_further_fields_is_read(tmp_path):
         ({"keep_fractions": "[0.5, 0]"}, r"keep_fractions must be in \(0, 1\], got \[0.5, 0.0\]"),
         ({"keep_fractions": "[0.5, 0.5]"}, "keep_fractions must be distinct"),
         ({"keep_fractions": "half"}, "'half' is no tuple"),
+        ({"architectures": "agnostic"}, "architectures: agnostic has no experts, so that nothing can be merged"),
+        ({"architectures": "attenton"}, "unknown architecture 'attenton'; nearest: 'attention'"),
+        ({"architectures": "ffn,ffn"}, "architectures must be distinct"),
+        ({"seed_fractions": "[0, 1]"}, "seed_fractions must be 0 or leave a step for the seed .* got 1.0 of 900 steps"),
+        ({"seed_fractions": "[0.0001]"}, "seed_fractions must be 0 or leave a step"),
+        ({"rate_factors": "[1, 0]"}, r"rate_factors must be positive, got \[1.0, 0.0\]"),
         ({"continued_steps": "0"}, "continued_steps must be at least 1, got 0"),
         ({"statistics_samples": "1"}, "statistics_samples must be at least 2, got 1"),
         ({"healing.num_step": "1"}, "nearest: 'healing.num_steps'"),

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from fake_run import (
     KEPT,
     control_cells,
+    expert_set_cells,
+    few_set_cells,
     further_cells,
     kept_cells,
     make_cell,
@@ -22,8 +25,11 @@ from fake_run import (
 )
 from rich.console import Console
 
+from modalmerge.outcomes import points
 from modalmerge.report import markdown, summarise, table, write_report
-from modalmerge.report.summary import retrieval_chance, t_quantile
+from modalmerge.report.numbers import t_quantile
+from modalmerge.report.outcomes import relate, tell
+from modalmerge.report.summary import retrieval_chance
 from modalmerge.report.text import compared_rows, difference_note, tell_differences
 
 
@@ -149,8 +155,10 @@ def test_chance_is_given_or_worked_out():
 
 
 def test_distances_are_averaged_once_per_random_seed():
-    distance = row(summarise(study_cells()), "Naive merging").distances["tssd"]
-    assert distance.values == (0.25, 0.26, 0.27)
+    distances = row(summarise(study_cells()), "Naive merging").distances
+    assert distances["changes"]["tssd"].values == (0.25, 0.26, 0.27)
+    assert distances["weights"]["tssd"].values == pytest.approx((0.025, 0.026, 0.027))
+    assert row(summarise(study_cells()), "Modality-specific").distances == {}
 
 
 def test_missing_cells_are_named():
@@ -350,6 +358,82 @@ def test_a_run_is_written_as_markdown(tmp_path):
     assert markdown(summarise(cells, random_seeds=[0, 1, 2])) in text
 
 
+# -- expert sets --------------------------------------------------------------------------------------------
+
+
+def test_expert_sets_leave_everything_else_as_it_is():
+    others = [*study_cells(), *control_cells(), *validation_cells(), *further_cells()]
+    sets = expert_set_cells([0, 1, 2])
+    plain, whole = summarise(others), summarise([*others, *sets])
+    assert dataclasses.replace(whole, num_cells=plain.num_cells) == plain
+    assert whole.num_cells == len(others) + len(sets)
+
+
+def test_missing_expert_sets_are_named():
+    gone = ("tiny/1/set-ffn-0.5-1/none", "tiny/0/set-ffn-0-1/merged", "tiny/1/set-ffn-0-1/merged")
+    cells = [cell for cell in few_set_cells() if cell.id not in gone]
+    missing = summarise(cells, random_seeds=[0, 1], expert_sets=["ffn-0.5-1", "ffn-0.9-1"]).missing
+    assert [item for item in missing if item.startswith("expert set")] == [
+        "expert set ffn-0.5-1, random seed 1",
+        "expert set ffn-0.9-1",
+        "expert set ffn-0-1",
+    ]
+
+
+def test_a_sentence_says_what_the_distances_tell():
+    relation, of_weights = relate(points(few_set_cells()))
+    assert (relation.of, of_weights.of) == ("changes", "weights")
+    text = tell(relation)
+    assert text.startswith(
+        "Across all 24 expert sets (12 configurations) the interval of Spearman’s correlation between"
+    )
+    told = [item for item in relation.correlations if item.scope == "across" and item.spearman.is_told_from_zero]
+    assert f"leaves 0 out for {len(told)} of 10 distances: TSSD (+0.9" in text
+    errors = relation.predictor.configurations
+    assert text.endswith(
+        f"; from TSSD the drop of a configuration left out is missed by {errors.error:.1f} points on average (by the "
+        f"mean of the others: {errors.error_of_mean:.1f})."
+    )
+    random.seed(0)
+    drops = [random.random() for _ in points(few_set_cells())]
+    noise = [
+        dataclasses.replace(point, merged=point.unmerged - drop, distances={"changes": {"ssd": random.random()}})
+        for point, drop in zip(points(few_set_cells()), drops, strict=True)
+    ]
+    (relation,) = relate(noise)
+    assert "leaves 0 out for none of 1 distances; within architectures, averaged, for none of 1 distances" in (
+        tell(relation)
+    )
+    assert "; no distance predicts the drop of a configuration left out better than chance explains" in tell(relation)
+    (relation,) = relate([point for point in noise if point.architecture == "ffn"])
+    assert tell(relation).endswith(
+        "none of 1 distances; nothing is predicted: 4 configurations of expert sets are too few to predict from; it "
+        "takes at least 8."
+    )
+
+
+def test_markdown_has_the_table_and_the_sentence(tmp_path):
+    cells = [cell for cell in few_set_cells() if cell.id != "tiny/0/set-ffn-0-1/none"]
+    run = write_run(tmp_path / "run", [*study_cells(), *cells], jobs=False)
+    assert write_report(run, tmp_path / "study.md") == len(study_cells()) + len(cells)
+    text = (tmp_path / "study.md").read_text()
+    relation, _ = relate(points(cells))
+    assert f"**Changes since the base.** {tell(relation)}" in text
+    tssd = next(item for item in relation.correlations if (item.metric, item.scope) == ("tssd", "across"))
+    spearman, kendall = tssd.spearman, tssd.kendall
+    assert (
+        f"| TSSD | ρ {spearman.value:+.2f} ({spearman.low:+.2f} to {spearman.high:+.2f}), "
+        f"τ {kendall.value:+.2f} ({kendall.low:+.2f} to {kendall.high:+.2f}) |"
+    ) in text
+    assert "| Distance | Across | Within, averaged | Within attention | Within ffn | Within specific |" in text
+    assert "Left out, since one of their two results is missing: ffn-0-1, random seed 0." in text
+    errors = relation.predictor.configurations
+    line = f"| changes | a configuration | TSSD | {errors.error:.1f} | {errors.error_of_mean:.1f} | yes |"
+    assert line in text
+    write_report(write_run(tmp_path / "plain", study_cells(), jobs=False), tmp_path / "plain.md")
+    assert "Distance and outcome" not in (tmp_path / "plain.md").read_text()
+
+
 def test_importing_the_report_loads_neither_torch_nor_plotly():
     code = "import modalmerge.report, sys; print(*sys.modules)"
     done = subprocess.run(
@@ -361,4 +445,4 @@ def test_importing_the_report_loads_neither_torch_nor_plotly():
     )
     loaded = set(done.stdout.split())
     assert "modalmerge.report.page" in loaded
-    assert not loaded & {"torch", "plotly", "numpy", "transformers"}
+    assert not loaded & {"torch", "plotly", "scipy", "transformers"}

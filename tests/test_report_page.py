@@ -8,6 +8,8 @@ import pytest
 from fake_run import (
     SHIFTS,
     control_cells,
+    expert_set_cells,
+    few_set_cells,
     further_cells,
     make_cell,
     picture,
@@ -19,8 +21,10 @@ from fake_run import (
     write_run,
 )
 
+from modalmerge.outcomes import METRICS, points
 from modalmerge.report import markdown, summarise, write_report
-from modalmerge.report.charts import POINTS_PER_CURVE, pretraining_curves, thin
+from modalmerge.report.charts import POINTS_PER_CURVE, OutcomeLooks, pretraining_curves, thin
+from modalmerge.report.outcomes import title_of
 from modalmerge.report.page import page
 from modalmerge.report.run import Curve, read_run
 
@@ -71,6 +75,7 @@ def test_page_holds_the_numbers(tmp_path):
         "Untrained",
         "chance 2.6",
         "chance 2.5",
+        "TSSD / null of changes",
         "0.26 ± 0.025",  # distance
         "scale 0.75",
         "✗ blue",
@@ -179,6 +184,88 @@ def test_without_further_methods_the_page_has_no_such_sections(tmp_path):
     text = page(read_run(whole_run(tmp_path / "run")))
     assert not any(heading in text for heading in FURTHER_HEADINGS)
     assert "repair" not in Reader(text).text
+
+
+def test_expert_sets_have_a_section(tmp_path):
+    from plotly.graph_objects import Figure
+
+    cells = [*study_cells(), *few_set_cells()]
+    run = write_run(tmp_path / "run", cells)
+    before = figures_of(page(read_run(run)))
+    for model in ("experts-ffn-0.25-1", "seed-0.25"):
+        write_curve(run, model, "pretraining", 0, 5)
+    text = page(read_run(run))
+    assert figures_of(text) == before, "losses of expert sets are not drawn"
+    reader = Reader(text)
+    for wanted in (
+        "Distance and outcome",
+        "Changes since the base. Across all 24 expert sets (12 configurations) the interval",
+        "Weights as they are. Across all",
+        "■ seed fraction 0.25",
+        "Within, averaged",
+        "All 24 expert sets",
+        "Predicting the drop",
+    ):
+        assert wanted in reader.text, wanted
+    found = points(cells)
+    charts = {
+        figure["layout"]["xaxis"]["title"]["text"]: figure
+        for figure in reversed(before.values())  # those of changes come first, and win
+        if figure["layout"]["yaxis"]["title"]["text"] == "drop, points"
+    }
+    assert list(charts)[::-1] == [title_of(metric) for metric in METRICS]
+    assert charts["SSD / null"]["layout"]["showlegend"] is False
+    for figure in before.values():
+        Figure(json.loads(re.sub(r'"--[a-z0-9-]+"', '"#123456"', json.dumps(figure))))
+    dots = {trace["name"]: trace for trace in charts["TSSD"]["data"]}
+    assert list(dots) == ["attention", "ffn", "specific"]
+    drawn = [point for point in found if point.architecture == "ffn"]
+    assert dots["ffn"]["x"] == [point.distances["changes"]["tssd"] for point in drawn]
+    assert dots["ffn"]["y"] == pytest.approx([point.drop for point in drawn], abs=1e-4)
+    assert dots["ffn"]["text"][0] == "ffn-0-1, random seed 0"
+    assert dots["ffn"]["marker"]["symbol"] == [x for x in ("circle", "square", "diamond", "triangle-up") for _ in "01"]
+    assert len({trace["marker"]["color"] for trace in dots.values()}) == 3
+
+
+def test_numbers_of_expert_sets_lead_to_their_cells(tmp_path):
+    run = write_run(tmp_path / "run", [*study_cells(), *few_set_cells()], jobs=False)
+    text = page(read_run(run))
+    ids = re.findall(r'<td class="id"><code>(.*?)</code>', text)
+    found = points(few_set_cells())
+    chosen = next(point for point in found if point.drop > 10)
+    links = re.findall(r'data-cells="([\d ]+)" title="([^"]*)">([^<]*)</a>', text)
+    by_drop = {shown: positions for positions, _, shown in links}
+    assert [ids[int(place)] for place in by_drop[f"{chosen.drop:.1f}"].split()] == list(chosen.cells)
+    across = [positions for positions, title, _ in links if title == "24 expert sets, 12 configurations"]
+    assert len(across) == 40, "across and averaged, of ten distances of two kinds"
+    assert {ids[int(place)] for place in across[0].split()} == {
+        x for point in points(few_set_cells()) for x in point.cells
+    }
+
+
+def test_open_symbols_are_the_smaller_rate_factors():
+    found = points(expert_set_cells([0]))
+    looks = OutcomeLooks(found)
+    assert {looks.symbol(point).endswith("-open") for point in found if point.rate_factor == 0.3} == {True}
+    assert {looks.symbol(point).endswith("-open") for point in found if point.rate_factor == 1.0} == {False}
+    assert OutcomeLooks([point for point in found if point.rate_factor == 0.3]).symbol(found[0]) == "circle"
+
+
+def test_a_preset_lists_expert_sets_by_their_lists(tmp_path):
+    run = write_run(tmp_path / "run", study_cells(), jobs=False)
+    recipe = {"architecture": "specific", "seed_fraction": 0.5, "experts_rate_factor": 1.0}
+    for lists, wanted in (
+        ({"architectures": ["ffn", "attention"], "seed_fractions": [], "rate_factors": []}, ["ffn", "attention"]),
+        ({"architectures": []}, []),
+        ({}, []),
+    ):
+        write_json(run / "preset.json", {"name": "tiny", "random_seeds": [0, 1, 2], **recipe, **lists})
+        assert read_run(run).asked["expert_sets"] == [f"{name}-0.5-1" for name in wanted]
+    lists = {"seed_fractions": [0, 0.25], "rate_factors": [0.3, 1]}
+    write_json(run / "preset.json", {"name": "tiny", "random_seeds": [0, 1, 2], **recipe, **lists})
+    text = Reader(page(read_run(run))).text
+    for name in ("specific-0-0.3", "specific-0-1", "specific-0.25-0.3", "specific-0.25-1"):
+        assert f"expert set {name}" in text
 
 
 def test_curves_of_further_methods_and_repairs_are_read_but_not_drawn(tmp_path):

@@ -91,8 +91,10 @@ def test_further_methods_repairs_and_fractions_are_jobs_of_their_own():
         every == {*ROWS, "seed", "experts", "unseeded", "statistics", "recipe-kept-0.25", "recipe-kept-1.0"} | further
     )
     assert jobs["0-recipe-dare"].needs == ("data", "0-experts", "0-seed")
-    assert jobs["0-recipe-regmean"].needs == ("data", "0-experts", "0-statistics")
-    assert jobs["0-recipe-regmean_plus"].needs == ("data", "0-experts")
+    assert jobs["0-recipe-regmean"].needs == ("data", "0-experts", "0-statistics", "0-seed")
+    assert jobs["0-recipe-regmean_plus"].needs == ("data", "0-experts", "0-seed")
+    assert jobs["0-naive-interpolation"].needs == ("data", "0-specific", "0-untrained")
+    assert jobs["0-naive-unseeded"].needs == ("data", "0-unseeded"), "they started from no common weights"
     assert jobs["0-naive-healed"].needs == ("data", "0-naive-interpolation", "0-specific")
     assert jobs["0-recipe-healed"].needs == ("data", "0-recipe-interpolation", "0-experts")
 

@@ -51,7 +51,7 @@ def study(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         run = tmp_path_factory.mktemp("study") / "run"
         tuned = ("1-recipe-dare-vqa", "1-naive-healed-vqa")
-        left_out = ("1-agnostic", "1-untrained", "1-recipe-arithmetic")
+        left_out = ("1-agnostic", "1-recipe-arithmetic")
         preset = micro.preset(methods="regmean,dare", **SHORT)
         yield run, run_some(run, preset, lambda x: x.id in tuned or (x.kind != "finetune" and x.id not in left_out))
 

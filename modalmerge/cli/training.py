@@ -57,6 +57,7 @@ def study(
         methods=resolved.methods,
         repairs=resolved.repairs,
         keep_fractions=resolved.keep_fractions,
+        expert_sets=[expert_set.name for expert_set in resolved.expert_sets],
     )
     report_path = run / "report.html"
     write_report(run, report_path)

@@ -1,6 +1,7 @@
 """Read the folder that a study leaves behind."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -75,12 +76,24 @@ class Run:
             "repairs": (str,),
             "keep_fractions": (int, float),
         }
-        listed = {name: self.preset.get(name) for name in kinds}
-        return {
-            name: [value for value in values if isinstance(value, kinds[name])]
-            for name, values in listed.items()
-            if isinstance(values, list)
-        }
+        listed = {name: self._list(name, *kind) for name, kind in kinds.items()}
+        return listed | {"expert_sets": self._expert_sets()}
+
+    def _expert_sets(self) -> list[str]:
+        """Name the expert sets as the study names them; the recipe's values stand in for lists that are empty."""
+        axes = (
+            ("architectures", "architecture", (str,)),
+            ("seed_fractions", "seed_fraction", (int, float)),
+            ("rate_factors", "experts_rate_factor", (int, float)),
+        )
+        if not any(self._list(name, *kind) for name, _, kind in axes):
+            return []
+        values = [self._list(name, *kind) or _of_kind([self.preset.get(recipe)], kind) for name, recipe, kind in axes]
+        return [f"{architecture}-{fraction:g}-{rate:g}" for architecture, fraction, rate in itertools.product(*values)]
+
+    def _list(self, name: str, *kind: type) -> list[Any]:
+        values = self.preset.get(name)
+        return _of_kind(values, kind) if isinstance(values, list) else []
 
 
 def read_run(folder: Path) -> Run:
@@ -118,6 +131,10 @@ def _read(path: Path, parse: Callable[[dict[str, Any], str], Any]) -> Any:
     except ValueError as error:  # JSON and text decoding errors are ValueErrors too
         remedy = "the study's folder" if path.name == "preset.json" else "this job's folder"
         raise ValueError(f"{path}: {error}; remove {remedy} and run the study again") from error
+
+
+def _of_kind(values: list[Any], kind: tuple[type, ...]) -> list[Any]:
+    return [value for value in values if isinstance(value, kind)]
 
 
 def _preset(content: dict[str, Any], _: str) -> dict[str, Any]:

@@ -5,10 +5,12 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from modalmerge.outcomes import KINDS, SET_SETTING, points
 from modalmerge.records import Cell
+from modalmerge.report.numbers import Number, average, averages, find_clash, new_number, refuse_clash, unique
 
 # key -> (title, stage, task, metric)
 COLUMNS = {
@@ -47,27 +49,6 @@ NO_SETTINGS = ("control", "chance", "repair")  # keys of `settings` that set not
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Number:
-    """A mean over random seeds.
-
-    Args:
-        mean: of `values`.
-        half_width: half the width of the 95 % t-interval of the mean; None for a single random seed.
-        values: one per random seed.
-        random_seeds: of `values`, ascending.
-        cells: ids of the cells that `values` come from.
-        parameters: of the model behind the first cell.
-    """
-
-    mean: float
-    half_width: float | None
-    values: tuple[float, ...]
-    random_seeds: tuple[int, ...]
-    cells: tuple[str, ...]
-    parameters: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Position:
     """Where a model lies between naive merging (0) and the baseline (100), in percent; past both ends too.
 
@@ -102,7 +83,7 @@ class Row:
         positions: column key to position; not for naive merging and the baseline.
         chance: column key to what guessing would reach, where that is known (untrained control alone).
         recalls: stage to metric to number, for recall at 1, 5 and 10 both ways.
-        distances: metric to distance between the experts, where the cells hold it as one number.
+        distances: what they are taken of ("changes" or "weights") to metric to distance between the experts.
     """
 
     name: str
@@ -118,7 +99,7 @@ class Row:
     positions: dict[str, Position]
     chance: dict[str, float]
     recalls: dict[str, dict[str, Number]]
-    distances: dict[str, Number]
+    distances: dict[str, dict[str, Number]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,14 +151,18 @@ def summarise(
     methods: Iterable[str] = (),
     repairs: Iterable[str] = (),
     keep_fractions: Iterable[float] = (),
+    expert_sets: Iterable[str] = (),
 ) -> Summary:
     """Average the test cells over random seeds and compare them with naive merging.
+
+    Cells of expert sets are counted, and otherwise left to `modalmerge.outcomes`.
 
     Args:
         cells: of one study, in any order; any part of them, or none, is fine.
         random_seeds: those that the study was asked for, so that one without a cell counts as missing; those
             of the cells need not be named.
-        methods, repairs, keep_fractions: the same for what the study was asked for beside the models that all have.
+        methods, repairs, keep_fractions, expert_sets: the same for what the study was asked for beside the models that
+            all have.
 
     Returns:
         The summary.
@@ -188,6 +173,8 @@ def summarise(
     cells = unique(cells)
     tested = [cell for cell in cells if cell.split == "test"]
     seeds = tuple(sorted({*random_seeds, *(cell.random_seed for cell in tested)}))
+    of_sets = [cell for cell in tested if SET_SETTING in cell.settings]
+    tested = [cell for cell in tested if SET_SETTING not in cell.settings]
     groups: dict[_Key, list[Cell]] = {_Key(role, method): [] for role, method in MAIN_ROWS}
     groups |= {_Key("other", control=control): [] for control in CONTROLS}
     groups |= {_Key("other", method): [] for method in methods}
@@ -214,80 +201,13 @@ def summarise(
         repairs=tuple(row for row in rows if row.repair),
         kept=curve,
         controls=tuple(row for row in rows if row.control and row.numbers),
-        missing=(*_missing(rows, seeds), *_missing_points(curve, seeds, keep_fractions)),
+        missing=(
+            *_missing(rows, seeds),
+            *_missing_points(curve, seeds, keep_fractions),
+            *_missing_sets(of_sets, seeds, expert_sets),
+        ),
         num_cells=len(cells),
     )
-
-
-def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """Drop cells that were written twice.
-
-    Raises:
-        ValueError: two cells with one id differ in their value.
-    """
-    kept: dict[str, Cell] = {}
-    for cell in cells:
-        first = kept.setdefault(cell.id, cell)
-        if first.value != cell.value:
-            raise ValueError(
-                f"cell {cell.id!r} was measured twice, as {first.value} and {cell.value}; remove one of its "
-                f"lines from cells.jsonl"
-            )
-    return list(kept.values())
-
-
-def average(cells: Iterable[Cell]) -> Number:
-    """Average cells that differ in their random seed alone.
-
-    Args:
-        cells: at least one, each of another random seed.
-
-    Returns:
-        Mean and 95 % t-interval.
-
-    Raises:
-        ValueError: two cells are of one random seed.
-    """
-    ordered = sorted(cells, key=lambda cell: cell.random_seed)
-    _refuse_clash(ordered)
-    return _number(
-        {cell.random_seed: float(cell.value) for cell in ordered},
-        [cell.id for cell in ordered],
-        ordered[0].parameters,
-    )
-
-
-def averages(cells: Iterable[Cell]) -> dict[tuple[str, str, str], Number]:
-    """Average the cells of one model by (stage, task, metric)."""
-    groups: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.stage, cell.task, cell.metric].append(cell)
-    return {key: average(members) for key, members in groups.items()}
-
-
-def t_quantile(degrees: int) -> float:
-    """Compute the 0.975 quantile of Student's t, the factor of a two-sided 95 % interval.
-
-    Args:
-        degrees: degrees of freedom, at least 1.
-
-    Returns:
-        The quantile, to about 12 digits.
-
-    Source:
-        Abramowitz and Stegun 1964, 26.7.3 and 26.7.4: for whole degrees of freedom the probability within
-        (-t, t) is a finite sum in the angle atan(t / sqrt(degrees)); here inverted by bisection.
-    """
-    if degrees < 1:
-        raise ValueError(f"t_quantile: degrees must be at least 1, got {degrees}; one value has no interval")
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _probability_within(middle, degrees) < 0.95:
-            low = middle
-        else:
-            high = middle
-    return math.tan(low) * math.sqrt(degrees)
 
 
 def retrieval_chance(num_images: int, num_captions: int) -> float:
@@ -307,33 +227,6 @@ def retrieval_chance(num_images: int, num_captions: int) -> float:
         drawn = min(depth, num_captions)
         shares.append(1 - math.comb(of_others, drawn) / math.comb(num_captions, drawn))
     return 100 * statistics.fmean(shares)
-
-
-def _probability_within(angle: float, degrees: int) -> float:
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = degrees % 2
-    term, total = (cosine, cosine) if odd else (1.0, 1.0)
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * cosine * cosine
-        total += term
-    if not odd:
-        return sine * total
-    return 2 / math.pi * (angle + (sine * total if degrees > 1 else 0.0))
-
-
-def _number(by_seed: Mapping[int, float], ids: Iterable[str], parameters: int) -> Number:
-    values = tuple(by_seed.values())
-    half_width = None
-    if len(values) > 1:
-        half_width = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Number(
-        mean=statistics.fmean(values),
-        half_width=half_width,
-        values=values,
-        random_seeds=tuple(by_seed),
-        cells=tuple(ids),
-        parameters=parameters,
-    )
 
 
 class _Key(NamedTuple):
@@ -389,7 +282,7 @@ def _kept_curve(cells: Sequence[Cell], recipe: Row) -> list[KeptPoint]:
 
 def _variants(cells: list[Cell]) -> list[tuple[str, list[Cell]]]:
     """Split a model's cells where one random seed has a number twice, by what differs between them."""
-    if not _clash(cells):
+    if not find_clash(cells):
         return [("", cells)]
     aspects = [_aspects(cell) for cell in cells]
     differing = [name for name in aspects[0] if len({aspect.get(name) for aspect in aspects}) > 1]
@@ -398,33 +291,14 @@ def _variants(cells: list[Cell]) -> list[tuple[str, list[Cell]]]:
     for cell, aspect in zip(cells, aspects, strict=True):
         groups[", ".join(f"{name} {aspect[name]}" for name in differing if name in aspect)].append(cell)
     for members in groups.values():
-        _refuse_clash(members)
+        refuse_clash(members)
     return list(groups.items())
-
-
-def _refuse_clash(cells: Iterable[Cell]) -> None:
-    if clash := _clash(cells):
-        first, second = clash
-        raise ValueError(
-            f"cells {first.id!r} and {second.id!r} give the same number of one model ({first.role}, "
-            f"{first.stage} {first.task} {first.metric}, random seed {first.random_seed}); "
-            f"remove one of their lines from cells.jsonl"
-        )
 
 
 def _aspects(cell: Cell) -> dict[str, str]:
     fixed = {name: str(getattr(cell, name)) for name in ("dataset", "architecture", "initialisation")}
     settings = {name: _plain(value) for name, value in cell.settings.items() if name not in NO_SETTINGS}
     return fixed | {"base_fraction": str(cell.base_fraction)} | settings
-
-
-def _clash(cells: Iterable[Cell]) -> list[Cell]:
-    seen: dict[tuple[str, str, str, int], Cell] = {}
-    for cell in cells:
-        first = seen.setdefault((cell.stage, cell.task, cell.metric, cell.random_seed), cell)
-        if first is not cell:
-            return [first, cell]
-    return []
 
 
 def _plain(value: Any) -> str:
@@ -497,18 +371,18 @@ def _chance(cells: list[Cell]) -> dict[str, float]:
     return chance
 
 
-def _distances(cells: list[Cell]) -> dict[str, Number]:
+def _distances(cells: list[Cell]) -> dict[str, dict[str, Number]]:
     """Average the distances over random seeds; the cells of one random seed repeat them."""
-    first: dict[str, dict[int, Cell]] = {}
-    for cell in cells:
-        for metric, value in cell.distances.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                first.setdefault(metric, {}).setdefault(cell.random_seed, cell)
-    numbers = {}
-    for metric, by_seed in first.items():
-        ordered = sorted(by_seed.items())
-        values = {seed: float(cell.distances[metric]) for seed, cell in ordered}
-        numbers[metric] = _number(values, [cell.id for _, cell in ordered], ordered[0][1].parameters)
+    first: dict[tuple[str, str], dict[int, Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.random_seed):
+        for kind in KINDS:
+            for metric in cell.distances.get(kind, {}):
+                first.setdefault((kind, metric), {}).setdefault(cell.random_seed, cell)
+    numbers: dict[str, dict[str, Number]] = {}
+    for (kind, metric), by_seed in first.items():
+        values = {seed: float(cell.distances[kind][metric]) for seed, cell in by_seed.items()}
+        ids = [cell.id for cell in by_seed.values()]
+        numbers.setdefault(kind, {})[metric] = new_number(values, ids, next(iter(by_seed.values())).parameters)
     return numbers
 
 
@@ -536,7 +410,7 @@ def _paired(row: Row, other: Row) -> dict[str, Number]:
             own, theirs = _by_seed(number), _by_seed(other.numbers[column])
             if paired := {seed: own[seed] - theirs[seed] for seed in own if seed in theirs}:
                 ids = [*number.cells, *other.numbers[column].cells]
-                differences[column] = _number(paired, ids, number.parameters)
+                differences[column] = new_number(paired, ids, number.parameters)
     return differences
 
 
@@ -572,7 +446,7 @@ def _missing(rows: list[Row], random_seeds: tuple[int, ...]) -> list[str]:
                 missing.append(f"control: {row.name}")
             continue
         for column, (title, *_) in COLUMNS.items():
-            missing += _missing_seeds(f"{row.name}: {title}", row.numbers.get(column), random_seeds)
+            missing += _missing_seeds(f"{row.name}: {title}", _seeds_of(row.numbers.get(column)), random_seeds)
     return missing
 
 
@@ -582,14 +456,30 @@ def _missing_points(
     numbers = {point.keep_fraction: point.number for point in curve if point.keep_fraction}
     missing = []
     for fraction in sorted({*numbers, *keep_fractions}):
-        missing += _missing_seeds(f"partly merged, {fraction:g} kept", numbers.get(fraction), random_seeds)
+        missing += _missing_seeds(f"partly merged, {fraction:g} kept", _seeds_of(numbers.get(fraction)), random_seeds)
     return missing
 
 
-def _missing_seeds(what: str, number: Number | None, random_seeds: tuple[int, ...]) -> list[str]:
-    if number is None:
+def _missing_sets(cells: Sequence[Cell], random_seeds: tuple[int, ...], expert_sets: Iterable[str]) -> list[str]:
+    """Name the expert sets that lack their unmerged or their merged result."""
+    measured: dict[str, list[int]] = {name: [] for name in expert_sets}
+    measured |= {str(cell.settings[SET_SETTING]): [] for cell in cells}
+    for point in points(cells):
+        measured[point.expert_set].append(point.random_seed)
+    missing = []
+    for name, found in measured.items():
+        missing += _missing_seeds(f"expert set {name}", found, random_seeds)
+    return missing
+
+
+def _missing_seeds(what: str, found: Sequence[int], random_seeds: tuple[int, ...]) -> list[str]:
+    if not found:
         return [what]
-    absent = [str(seed) for seed in random_seeds if seed not in number.random_seeds]
+    absent = [str(seed) for seed in random_seeds if seed not in found]
     if not absent:
         return []
     return [f"{what}, {'random seed' if len(absent) == 1 else 'random seeds'} {', '.join(absent)}"]
+
+
+def _seeds_of(number: Number | None) -> tuple[int, ...]:
+    return () if number is None else number.random_seeds

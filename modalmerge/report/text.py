@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from modalmerge.report.numbers import Number, unique
 from modalmerge.report.run import Run
-from modalmerge.report.summary import COLUMNS, ZERO_SHOT, Number, Position, Row, Summary, summarise, unique
+from modalmerge.report.summary import COLUMNS, ZERO_SHOT, Position, Row, Summary, summarise
 
 NOTE_GAIN = "Gain: difference to naive merging, paired over random seeds."
 NOTE_POSITION = "Position: naive merging is 0 %, the baseline 100 %."
@@ -148,7 +149,7 @@ def markdown_page(run: Run) -> str:
     cells = unique(run.cells)
     summary = summarise(cells, **run.asked)
     seeds = ", ".join(map(str, summary.random_seeds))
-    head = [f"# `modalmerge study {_escape(str(run.preset['name']))}`, random seeds {seeds or '–'}", ""]
+    head = [f"# `modalmerge study {markdown_text(str(run.preset['name']))}`, random seeds {seeds or '–'}", ""]
     for name, values in (("Command", [cell.command for cell in cells]), ("Commit", [cell.commit for cell in cells])):
         different = list(dict.fromkeys(values))
         if different:
@@ -168,10 +169,10 @@ def markdown(summary: Summary) -> str:
     titles = list(summary.columns.values())
     lines = _markdown_numbers(summary, (*summary.rows, *summary.controls))
     lines += ["", interval_note(summary), ""]
-    lines += _markdown_head(["Gain over naive merging", *titles])
+    lines += markdown_head(["Gain over naive merging", *titles])
     for row in summary.rows:
         if row.gains:
-            lines.append(_markdown_line([row.name, *(_markdown_gain(row, key) for key in summary.columns)]))
+            lines.append(markdown_line([row.name, *(_markdown_gain(row, key) for key in summary.columns)]))
     lines += ["", f"{NOTE_GAIN} In brackets the position: naive merging is 0 %, the baseline 100 %."]
     lines += _markdown_differences(summary)
     if summary.repairs:
@@ -179,13 +180,13 @@ def markdown(summary: Summary) -> str:
         lines += ["", f"In brackets: {NOTE_REPAIR}"]
     if summary.kept:
         title, *_ = COLUMNS[ZERO_SHOT]
-        lines += ["", "## Keeping some experts apart", "", *_markdown_head(["Kept", "Parameters", title])]
+        lines += ["", "## Keeping some experts apart", "", *markdown_head(["Kept", "Parameters", title])]
         for point in summary.kept:
             texts = [f"{point.keep_fraction:g}", format_count(round(point.parameters)), format_number(point.number)]
-            lines.append(_markdown_line(texts))
+            lines.append(markdown_line(texts))
         lines += ["", NOTE_KEPT]
     if summary.missing:
-        lines += ["", f"Missing: {_escape('; '.join(summary.missing))}."]
+        lines += ["", f"Missing: {markdown_text('; '.join(summary.missing))}."]
     return "\n".join(lines) + "\n"
 
 
@@ -205,14 +206,31 @@ def repair_gains(row: Row) -> dict[str, Number]:
     return row.gains if row.role == "naive" else row.differences
 
 
+def markdown_head(titles: list[str]) -> list[str]:
+    """Start a table; the first column names the row."""
+    return [markdown_line(titles), "|---|" + "---:|" * (len(titles) - 1)]
+
+
+def markdown_line(texts: list[str]) -> str:
+    """Write one line of a table."""
+    return "| " + " | ".join(map(markdown_text, texts)) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """Escape what Markdown or HTML would read as its own, and bring text to one line."""
+    for sign in "\\|<>*_`[]":
+        text = text.replace(sign, f"\\{sign}" if sign not in "<>" else {"<": "&lt;", ">": "&gt;"}[sign])
+    return " ".join(text.split())
+
+
 def _markdown_numbers(summary: Summary, rows: Sequence[Row]) -> list[str]:
-    lines = _markdown_head(["Model", "Parameters", *summary.columns.values()])
+    lines = markdown_head(["Model", "Parameters", *summary.columns.values()])
     for row in rows:
         numbers = [format_number(row.numbers[key]) if key in row.numbers else "–" for key in summary.columns]
         for place, key in enumerate(summary.columns):
             if key in (repaired := repair_gains(row)):
                 numbers[place] += f" ({format_number(repaired[key], signed=True)})"
-        lines.append(_markdown_line([row.name, format_count(row.parameters), *numbers]))
+        lines.append(markdown_line([row.name, format_count(row.parameters), *numbers]))
     return lines
 
 
@@ -221,17 +239,17 @@ def _markdown_differences(summary: Summary) -> list[str]:
     if not rows:
         return []
     lines = ["", "## Merge methods on the same experts", ""]
-    lines += _markdown_head(["Difference to interpolation", *summary.columns.values(), "Settings chosen"])
+    lines += markdown_head(["Difference to interpolation", *summary.columns.values(), "Settings chosen"])
     for row in rows:
         texts = [
             format_number(row.differences[key], signed=True) if key in row.differences else "–"
             for key in summary.columns
         ]
-        lines.append(_markdown_line([row.name, *texts, format_settings(row) or "–"]))
+        lines.append(markdown_line([row.name, *texts, format_settings(row) or "–"]))
     lines += ["", difference_note(rows)]
     for key, title in summary.columns.items():
         if told := tell_differences(rows, key):
-            lines += ["", f"{title}. {_escape(' '.join(told))}"]
+            lines += ["", f"{title}. {markdown_text(' '.join(told))}"]
     return lines
 
 
@@ -262,22 +280,8 @@ def _markdown_gain(row: Row, column: str) -> str:
     return text
 
 
-def _markdown_head(titles: list[str]) -> list[str]:
-    return [_markdown_line(titles), "|---|" + "---:|" * (len(titles) - 1)]
-
-
-def _markdown_line(texts: list[str]) -> str:
-    return "| " + " | ".join(map(_escape, texts)) + " |"
-
-
 def _code(text: str) -> str:
     """Quote text as code, whatever backticks are in it."""
     text = " ".join(text.split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
-def _escape(text: str) -> str:
-    for sign in "\\|<>*_`[]":
-        text = text.replace(sign, f"\\{sign}" if sign not in "<>" else {"<": "&lt;", ">": "&gt;"}[sign])
-    return " ".join(text.split())

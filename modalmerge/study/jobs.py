@@ -21,11 +21,12 @@ from modalmerge.checkpoint import atomic_folder
 from modalmerge.data import scenes
 from modalmerge.data.batches import PairArrays, load_pairs, trim
 from modalmerge.data.text import scenes_tokenizer
+from modalmerge.distance.results import measure_tensors
 from modalmerge.evaluate import evaluate, hide
 from modalmerge.layouts import load_layout
 from modalmerge.merge.apply import merge_tensors
 from modalmerge.merge.carry import remaining_components
-from modalmerge.merge.methods import METHODS, setting_parameters
+from modalmerge.merge.methods import METHODS, setting_parameters, takes
 from modalmerge.merge.procedures import OWN_SETTINGS, PROCEDURES
 from modalmerge.merge.procedures.alignment import align_experts
 from modalmerge.merge.procedures.passes import collect_statistics, contrastive_terms
@@ -41,7 +42,7 @@ from modalmerge.model import (
 )
 from modalmerge.records import CELL_SCHEMA, Cell, Result
 from modalmerge.study.candidates import candidates
-from modalmerge.study.plan import HIDDEN, ROWS, UNSEEDED, Job, describe
+from modalmerge.study.plan import HIDDEN, ROWS, SET, UNMERGED, UNSEEDED, Job, describe
 from modalmerge.study.presets import Preset
 from modalmerge.tasks import TASKS
 from modalmerge.train.loop import Report
@@ -177,10 +178,12 @@ def pretrain_model(job: Job, context: Context, scratch: Path) -> None:
     settings = dataclasses.replace(preset.pretraining, num_steps=steps, random_seed=_stage_seed(job, name))
     if start is None:
         model = initial_model(config, job.random_seed, shared_start=name != UNSEEDED)
+        factor = arguments.get("rate_factor", 1.0)
     else:
         seed, before = _load(context, f"{job.random_seed}-{start}")
         model = start_experts(seed, config.experts)
-        settings = dataclasses.replace(settings, learning_rate=settings.learning_rate * preset.experts_rate_factor)
+        factor = arguments.get("rate_factor", preset.experts_rate_factor)
+    settings = dataclasses.replace(settings, learning_rate=settings.learning_rate * factor)
     report = _progress(scratch)
     data, tokenizer = split_data(preset, "pretrain"), scenes_tokenizer()
     curve = pretrain(model, data, tokenizer, settings=settings, folder=scratch, report=report)
@@ -227,9 +230,11 @@ def merge_model(job: Job, context: Context, scratch: Path) -> None:
     tensors = experts.state_dict()
     if row.repair == "aligned":
         tensors, _ = align_experts(tensors, experts.config)
-    base = None
-    if job.arguments["base"] is not None:
-        base = _load(context, f"{job.random_seed}-{job.arguments['base']}")[0].state_dict()
+    start = None
+    if job.arguments["start"] is not None:
+        start = _load(context, f"{job.random_seed}-{job.arguments['start']}")[0].state_dict()
+    base = start if "base" in takes(METHODS[row.method]) else None
+    distances = _distances(tensors, start)
     statistics = None
     if job.arguments.get("statistics") is not None:
         statistics = open_statistics(context.folder(f"{job.random_seed}-{job.arguments['statistics']}") / STATISTICS)
@@ -251,10 +256,22 @@ def merge_model(job: Job, context: Context, scratch: Path) -> None:
         model = model_from(merged, config)
         results = evaluate(model, "retrieval", validation)
         tried.append((results[0].value, settings, model))
-        cells += _cells(results[:1], name, job, context, model, steps=steps, settings=settings, split="validation")
+        cells += _cells(
+            results[:1], name, job, context, model, steps=steps, settings=settings, split="validation",
+            distances=distances,
+        )  # fmt: skip
     _, settings, model = max(tried, key=lambda entry: entry[0])
-    cells += _zero_shot(model, name, job, context, steps, settings)
+    cells += _zero_shot(model, name, job, context, steps, settings, distances)
+    if name.startswith(SET):
+        cells += _zero_shot(experts, f"{name}{UNMERGED}", job, context, steps, {})
     _leave(context, job, scratch, model=model, steps=steps, cells=cells)
+
+
+def _distances(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """Measure how far apart experts are: their weights, and their changes since they were one."""
+    layout = load_layout("modalmerge")
+    bases = {"weights": None} if start is None else {"changes": start, "weights": None}
+    return {of: measure_tensors(tensors, layout=layout, base=base).as_numbers() for of, base in bases.items()}
 
 
 def keep_some(job: Job, context: Context, scratch: Path) -> None:
@@ -275,9 +292,12 @@ def keep_some(job: Job, context: Context, scratch: Path) -> None:
     model = model_from(merged, change_config(experts.config, experts=parts))
     kept = {"keep_by": record.recipe["keep_by"], "kept_fraction": record.kept["fraction"]}
     settings = {**settings, "keep_fraction": fraction, **kept}
+    distances = _measured_distances(context, f"{job.random_seed}-recipe-interpolation")
     validated = evaluate(model, "retrieval", split_data(context.preset, "validation"))[:1]
-    cells = _cells(validated, name, job, context, model, steps=steps, settings=settings, split="validation")
-    cells += _zero_shot(model, name, job, context, steps, settings)
+    cells = _cells(
+        validated, name, job, context, model, steps=steps, settings=settings, split="validation", distances=distances
+    )
+    cells += _zero_shot(model, name, job, context, steps, settings, distances)
     _leave(context, job, scratch, steps=steps, cells=cells)
 
 
@@ -314,7 +334,8 @@ def finetune_model(job: Job, context: Context, scratch: Path) -> None:
     curve = finetune(model, task, data, settings=settings, folder=scratch, report=_progress(scratch))
     steps = before + settings.num_steps
     results = evaluate(model, task, test)
-    cells = _cells(results, name, job, context, model, task=task, steps=steps, stage="fine-tuned")
+    distances = _measured_distances(context, f"{job.random_seed}-{job.arguments['start']}")
+    cells = _cells(results, name, job, context, model, task=task, steps=steps, stage="fine-tuned", distances=distances)
     shown = None
     if name in ROWS and name not in HIDDEN and job.random_seed == preset.random_seeds[0]:
         shown = _predictions(model, name, task, job, test, preset.num_predictions)
@@ -338,11 +359,18 @@ KINDS: dict[str, Callable[[Job, Context, Path], None]] = {
 
 
 def _zero_shot(
-    model: ModalMergeModel, name: str, job: Job, context: Context, steps: int, settings: Mapping[str, Any]
+    model: ModalMergeModel,
+    name: str,
+    job: Job,
+    context: Context,
+    steps: int,
+    settings: Mapping[str, Any],
+    distances: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """Measure retrieval without fine-tuning; for the baseline also with one side hidden, as controls."""
     test = split_data(context.preset, "test")
-    cells = _cells(evaluate(model, "retrieval", test), name, job, context, model, steps=steps, settings=settings)
+    results = evaluate(model, "retrieval", test)
+    cells = _cells(results, name, job, context, model, steps=steps, settings=settings, distances=distances)
     if name == "agnostic":
         for control, hidden in HIDDEN.items():
             results = evaluate(model, "retrieval", hide(test, hidden))
@@ -362,10 +390,12 @@ def _cells(
     stage: str = "zero-shot",
     split: str = "test",
     settings: Mapping[str, Any] | None = None,
+    distances: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
-    row = describe(name)
+    row, about = describe(name), job.arguments.get("about", {})
+    base_fraction = about.get("seed_fraction", context.preset.seed_fraction if row.initialisation == "seed" else 0.0)
     what = {key: value for key, value in (("control", row.control), ("repair", row.repair)) if value}
-    settings = {**what, **(settings or {})}
+    settings = {**what, **about, **(settings or {})}
     chosen = "".join(f"/{key}={value}" for key, value in settings.items()) if split == "validation" else ""
     return [
         Cell(
@@ -374,8 +404,8 @@ def _cells(
             role=row.role,
             stage=stage,
             random_seed=job.random_seed,
-            initialisation=row.initialisation,
-            base_fraction=context.preset.seed_fraction if row.initialisation == "seed" else 0.0,
+            initialisation="seed" if base_fraction else row.initialisation,
+            base_fraction=base_fraction,
             architecture=architecture_name(model.config.experts),
             method=row.method,
             settings=settings,
@@ -389,7 +419,7 @@ def _cells(
             num_samples=result.num_samples,
             steps=steps,
             parameters=model.num_parameters(),
-            distances={},
+            distances=dict(distances or {}),
             commit=context.commit,
             command=context.command,
         )
@@ -471,8 +501,9 @@ def _leave_trained(
     stage: str,
 ) -> None:
     """Measure a merged model that was trained further zero-shot, and leave it with its curve."""
-    settings = _chosen_settings(context, f"{job.random_seed}-{job.arguments['start']}")
-    cells = _zero_shot(model, job.arguments["model"], job, context, steps, settings)
+    merged = f"{job.random_seed}-{job.arguments['start']}"
+    settings, distances = _chosen_settings(context, merged), _measured_distances(context, merged)
+    cells = _zero_shot(model, job.arguments["model"], job, context, steps, settings, distances)
     _leave(context, job, scratch, model=model, steps=steps, cells=cells, curve=curve, stage=stage)
 
 
@@ -480,6 +511,12 @@ def _chosen_settings(context: Context, job_id: str) -> dict[str, Any]:
     """Read which settings a merge chose."""
     cells = json.loads((context.folder(job_id) / CELLS).read_text())
     return dict(next(cell["settings"] for cell in cells if cell["split"] == "test"))
+
+
+def _measured_distances(context: Context, job_id: str) -> dict[str, Any]:
+    """Read how far apart the experts were that a job merged, as its cells say; a job that merged nothing has none."""
+    cells = json.loads((context.folder(job_id) / CELLS).read_text())
+    return dict(cells[0]["distances"]) if cells else {}
 
 
 def _load(context: Context, job_id: str) -> tuple[ModalMergeModel, int]:
@@ -492,7 +529,10 @@ def _load(context: Context, job_id: str) -> tuple[ModalMergeModel, int]:
 def _stage_seed(job: Job, stage: str) -> int:
     """Give every stage of a repetition batches of its own, by name, so that no stage repeats another's."""
     stages = ("seed", "agnostic", "experts", "specific", *TASKS, "healing", "continued")
-    stage = "specific" if stage == UNSEEDED else stage  # the same batches: only the start differs
+    if stage == UNSEEDED:  # the same batches: only the start differs
+        stage = "specific"
+    elif stage not in stages:  # seeds and experts of further expert sets see those of the recipe's
+        stage = stage.partition("-")[0]
     return job.random_seed * 100 + stages.index(stage)
 
 

@@ -3,12 +3,14 @@
 A model job trains or merges one model and measures it zero-shot. A fine-tuning job takes a model job's result.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from modalmerge.merge.methods import METHODS, takes
 from modalmerge.merge.procedures import PROCEDURES
-from modalmerge.study.presets import Preset
+from modalmerge.study.presets import ExpertSet, Preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +55,23 @@ REPAIRED = {
 }
 UNSEEDED = "unseeded"  # experts that each started from weights of their own
 KEPT = "recipe-kept-"  # the start of the names of partly merged models
+SET, UNMERGED = "set-", "-unmerged"  # the start of the names of expert sets merged, and the end as they are
+STARTS = {"experts": "seed", "specific": "untrained"}  # experts -> the weights that they all started from
 
 # What a control cannot see.
 HIDDEN = {"text-only": "vision", "image-only": "text"}
 
 
 def describe(model: str) -> Row:
-    """Describe a model by its name: one of `ROWS` or `REPAIRED`, or the recipe's experts merged in another way."""
+    """Describe a model by its name: of `ROWS`, `REPAIRED`, an expert set, or the recipe's merged in another way.
+
+    What an expert set started from is not in its name, but in the arguments of its job.
+    """
     fixed = {**ROWS, **REPAIRED}
     if model in fixed:
         return fixed[model]
+    if model.startswith(SET):
+        return Row(role="other", method="none" if model.endswith(UNMERGED) else "interpolation")
     method = "interpolation" if model.startswith(KEPT) else model.removeprefix("recipe-")
     return Row(role="other", method=method, initialisation="seed")
 
@@ -119,7 +128,10 @@ def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
         return job(name, "pretrain", *needs, weight=float(steps), model=name, num_steps=steps, **arguments)
 
     def merging(name: str, source: str, *needs: str, weight: float = 0.05 * total, **arguments: Any) -> Job:
-        return job(name, "merge", source, *needs, weight=weight, model=name, source=source, **arguments)
+        arguments = {"source": source, "start": STARTS.get(source), **arguments}
+        start = arguments["start"]  # the distances of a merge are between changes from there
+        needs = tuple(dict.fromkeys([source, *needs, *([start] if start else [])]))
+        return job(name, "merge", *needs, weight=weight, model=name, **arguments)
 
     jobs = [
         pretraining("seed", steps=seed_steps, architecture="agnostic"),
@@ -127,20 +139,20 @@ def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
         pretraining("experts", "seed", steps=total - seed_steps, architecture=preset.architecture, start="seed"),
         pretraining("specific", steps=total, architecture=preset.architecture),
         job("untrained", "untrained", weight=0.02 * total, model="untrained"),
-        merging("recipe-interpolation", "experts", base=None),
-        merging("recipe-arithmetic", "experts", "seed", base="seed"),
-        merging("naive-interpolation", "specific", base=None),
+        merging("recipe-interpolation", "experts"),
+        merging("recipe-arithmetic", "experts"),
+        merging("naive-interpolation", "specific"),
     ]
     tuned = ["agnostic", "scratch", "text-only", "image-only", "recipe-interpolation", "recipe-arithmetic"]
     tuned += ["specific", "naive-interpolation"]
     if any(uses_statistics(method) for method in preset.methods):
         jobs.append(job("statistics", "statistics", "experts", weight=0.05 * total, source="experts"))
     for method in preset.methods:
-        base = "seed" if "base" in takes(METHODS[method]) else None
-        statistics = "statistics" if uses_statistics(method) else None
-        needs = [need for need in (base, statistics) if need is not None]
+        statistics = ("statistics",) if uses_statistics(method) else ()
         weight = (0.2 if method in PROCEDURES else 0.05) * total  # procedures run the model on data
-        jobs.append(merging(f"recipe-{method}", "experts", *needs, weight=weight, base=base, statistics=statistics))
+        jobs.append(
+            merging(f"recipe-{method}", "experts", *statistics, weight=weight, statistics=next(iter(statistics), None))
+        )
         tuned.append(f"recipe-{method}")
     for fraction in preset.keep_fractions:
         name = f"{KEPT}{fraction}"  # a job each, so that a curve can get more points
@@ -153,7 +165,7 @@ def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
             merged, source = "recipe-interpolation", "experts"
         if repair == "aligned":  # experts of one start are in one order already
             jobs.append(pretraining(UNSEEDED, steps=total, architecture=preset.architecture))
-            jobs += [merging(name, UNSEEDED, base=None) for name in ("naive-unseeded", "naive-aligned")]
+            jobs += [merging(name, UNSEEDED) for name in ("naive-unseeded", "naive-aligned")]
             tuned.append("naive-unseeded")
         elif repair == "continued":
             jobs.append(job(name, "continue", merged, weight=preset.continued_steps, model=name, start=merged))
@@ -168,7 +180,42 @@ def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
                 continue  # with one side hidden there is nothing to tell pairs by; zero-shot shows that
             start = starts.get(name, name)
             jobs.append(job(f"{name}-{task}", "finetune", start, weight=cost[task], model=name, task=task, start=start))
+    trained = {done.arguments.get("model") for done in jobs}
+    return jobs + _expert_sets(preset, trained, pretraining, merging)
+
+
+def _expert_sets(
+    preset: Preset, trained: set[str | None], pretraining: Callable[..., Job], merging: Callable[..., Job]
+) -> list[Job]:
+    """List what trains and merges the expert sets, but for models that are trained already."""
+    total, jobs = preset.pretraining.num_steps, []
+    for expert_set in preset.expert_sets:
+        start, experts = _names_of(expert_set, preset)
+        steps = round(expert_set.seed_fraction * total)
+        if start not in trained:
+            jobs.append(pretraining(start, steps=steps, architecture="agnostic"))
+        if experts not in trained:
+            needs = (start,) if steps else ()  # without a seed they draw the untrained weights themselves
+            arguments = {"architecture": expert_set.architecture, "rate_factor": expert_set.rate_factor}
+            if steps:
+                arguments["start"] = start
+            jobs.append(pretraining(experts, *needs, steps=total - steps, **arguments))
+        trained = trained | {start, experts}
+        about = {"expert_set": expert_set.name, **dataclasses.asdict(expert_set)}
+        jobs.append(merging(f"{SET}{expert_set.name}", experts, start=start, about=about))
     return jobs
+
+
+def _names_of(expert_set: ExpertSet, preset: Preset) -> tuple[str, str]:
+    """Name what an expert set started from, and its experts; those of every study have their own names."""
+    fraction, factor = expert_set.seed_fraction, expert_set.rate_factor
+    start = "untrained" if not fraction else "seed" if fraction == preset.seed_fraction else f"seed-{fraction:g}"
+    if expert_set.architecture == preset.architecture:
+        if not fraction and factor == 1:
+            return start, "specific"
+        if start == "seed" and factor == preset.experts_rate_factor:
+            return start, "experts"
+    return start, f"experts-{expert_set.name}"
 
 
 def uses_statistics(method: str) -> bool:

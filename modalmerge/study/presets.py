@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import types
 import typing
@@ -37,7 +38,7 @@ REPAIRS = {
     "recipe-healed": "the recipe, distilled from its experts in the same way",
 }
 # a study that is gone on with may have more of these
-GROWING = ("random_seeds", "methods", "repairs", "keep_fractions")
+GROWING = ("random_seeds", "methods", "repairs", "keep_fractions", "architectures", "seed_fractions", "rate_factors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,10 @@ class Preset:
         healing: of models that are healed.
         continued_steps: of further pre-training with the settings of `healing`, as many as cost what healing costs.
         statistics_samples: pairs of the pre-training split that Grams, squared gradients and the like are taken on.
+        architectures, seed_fractions, rate_factors: every combination is an expert set of its own, merged and compared
+            with itself unmerged: what is per modality; share of the steps spent on the seed, in [0, 1), 0 for experts
+            without one; factor on the learning rate of the experts. Where some name values, the recipe's stand for
+            those that do not; where none does, there are no such sets.
     """
 
     name: str
@@ -94,6 +99,9 @@ class Preset:
     healing: TrainSettings = TrainSettings(num_steps=60, batch_size=64, learning_rate=3e-3, accelerator="cpu")
     continued_steps: int = 60  # a step of either costs about the same
     statistics_samples: int = 512
+    architectures: tuple[str, ...] = ()
+    seed_fractions: tuple[float, ...] = ()
+    rate_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         find(SIZES, self.size, "model size")
@@ -149,11 +157,63 @@ class Preset:
             raise ValueError(f"continued_steps must be at least 1, got {self.continued_steps}")
         if self.statistics_samples < 2:
             raise ValueError(f"statistics_samples must be at least 2, got {self.statistics_samples}")
+        self._check_expert_sets()
+
+    def _check_expert_sets(self) -> None:
+        for name in ("architectures", "seed_fractions", "rate_factors"):
+            _check_distinct(name, getattr(self, name))
+        for architecture in self.architectures:
+            if not find(ARCHITECTURES, architecture, "architecture"):
+                raise ValueError(f"architectures: {architecture} has no experts, so that nothing can be merged")
+        for fraction in self.seed_fractions:
+            steps = round(fraction * self.pretraining.num_steps)
+            if not (fraction == 0 or 0 < steps < self.pretraining.num_steps):
+                raise ValueError(
+                    f"seed_fractions must be 0 or leave a step for the seed and one for the experts, got {fraction} of "
+                    f"{self.pretraining.num_steps} steps"
+                )
+        if not all(factor > 0 for factor in self.rate_factors):
+            raise ValueError(f"rate_factors must be positive, got {list(self.rate_factors)}")
 
     @property
     def seed_steps(self) -> int:
         """Steps of seed pre-training in the recipe."""
         return round(self.seed_fraction * self.pretraining.num_steps)
+
+    @property
+    def expert_sets(self) -> tuple["ExpertSet", ...]:
+        """The expert sets that are merged and compared with themselves unmerged."""
+        if not (self.architectures or self.seed_fractions or self.rate_factors):
+            return ()
+        axes = itertools.product(
+            self.architectures or (self.architecture,),
+            self.seed_fractions or (self.seed_fraction,),
+            self.rate_factors or (self.experts_rate_factor,),
+        )
+        return tuple(
+            ExpertSet(architecture=architecture, seed_fraction=fraction, rate_factor=factor)
+            for architecture, fraction, factor in axes
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSet:
+    """How the experts of one model came about; with a random seed, which ones they are.
+
+    Args:
+        architecture: what is per modality, a key of `ARCHITECTURES`.
+        seed_fraction: share of the steps spent on the seed; 0 without one.
+        rate_factor: factor on the learning rate of the experts.
+    """
+
+    architecture: str
+    seed_fraction: float
+    rate_factor: float
+
+    @property
+    def name(self) -> str:
+        """Short name, such as `attention-0.25-1`."""
+        return f"{self.architecture}-{self.seed_fraction:g}-{self.rate_factor:g}"
 
 
 def _check_distinct(name: str, values: tuple[Any, ...]) -> None:
