@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from fake_run import few_set_cells, make_cell
 from plain_merges import read, write
+from safetensors.torch import save_file
 
 import modalmerge
 from modalmerge.checkpoint import write_folder
@@ -51,22 +53,28 @@ def test_the_table_is_read_from_the_top(folders, command):
     lines = out.splitlines()
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert [row[0] for row in rows[:7]] == list(DISTANCES)
-    assert " to " in rows[0][2] and rows[0][3:] == ["", ""] and float(rows[5][4]) < 1
+    assert " to " in rows[0][2] and rows[0][3:] == ["", "", ""] and float(rows[5][4]) < 1
+    low, high = map(float, rows[5][5].split(" to "))
+    assert low <= float(rows[5][4]) <= high
     assert [row[0] for row in rows[7:13]] == ["vision", "text", "joint", "vision-text", "vision-joint", "text-joint"]
     assert {row[0] for row in rows[13:]} == {"0"} and len(rows) == 15, "the layer whose changes have nothing in common"
     assert "7 more (--worst 9); --json has every parameter, too" in text
     assert "note: 4 parameters have no expert joint" in text
     assert "expected drop of a merge: none: no study was given; --study RUN fits one" in text
-    assert "A ratio near 1 says that the experts' changes differ as unrelated ones would" in text
-    assert text.endswith("no value alone says that merging works.")
+    below = text.index("norm_ratio"), text.index("By TSSD "), text.index("size of the changes")
+    assert below == tuple(sorted(below)), "what the table says stands right below it"
+    assert "Above 1 more cancels: opposite signs, or changes in the same places." in text
+    assert "No value alone says that merging works. size of" in text
     assert "…" not in out, "no column is too narrow"
+    _, out, _ = command(experts, "--base", seed, "--subspace")
+    assert "…" not in out and "alignment" in out
 
 
 def test_raw_weights_are_called_so(folders, command):
     code, out, _ = command(folders[0], "--worst", 0)
     text = " ".join(out.split())
     assert code == 0 and "(modalmerge): raw weights, no base given" in text and "size of the weights" in text
-    assert "raw weights, which are dominated by what the experts share" in text
+    assert "Raw weights are dominated by what the experts share; --base compares" in text
     assert "components of layers" not in text
 
 
@@ -79,9 +87,10 @@ def test_json_is_one_document(folders, command):
     assert shown["experts"] == ["vision", "text", "joint"] and shown["of"] == "changes"
     assert list(shown["overall"]) == [*DISTANCES, "subspace_alignment"]
     for name, entry in shown["overall"].items():
-        assert set(entry) == {"value", "null", "ratio", "low", "high"}
+        assert set(entry) == {"value", "null", "ratio", "chance", "low", "high", "ratio_low", "ratio_high"}
         assert entry["low"] <= entry["value"] <= entry["high"], name
-        assert (entry["null"] is None) == (name not in ("sign_conflict", "ssd", "tssd"))
+        has_null = name in ("sign_conflict", "ssd", "tssd")
+        assert {entry[key] is not None for key in ("null", "ratio", "chance", "ratio_low", "ratio_high")} == {has_null}
     assert list(shown["by_component"]) == ["attention", "ffn", "norms"] and list(shown["by_layer"]) == ["0", "1", "2"]
     assert [(row["layer"], row["component"]) for row in shown["by_layer_component"]] == [
         (layer, component) for layer in range(3) for component in ("attention", "ffn", "norms")
@@ -131,7 +140,8 @@ def test_several_checkpoints_are_experts(folders, command, tmp_path):
 
 def test_a_page_is_written(folders, command, tmp_path):
     experts, seed = folders
-    page = tmp_path / "new folder" / "distances.html"
+    page = tmp_path / "pages" / "distances.html"
+    page.parent.mkdir()
     code, out, err = command(experts, "--base", seed, "--html", page)
     assert code == 0 and out.endswith(f"page in {page}\n"), err
     text = page.read_text()
@@ -141,6 +151,92 @@ def test_a_page_is_written(folders, command, tmp_path):
     code, out, err = command(experts, "--html", page, "--json")
     assert code == 0 and json.loads(out)["of"] == "weights"
     assert page.read_text() != before, "replaced, as by `report -o`"
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("{one}", "--html {one} would write into the checkpoint {one}; give another file"),
+        ("{seed}/../one.safetensors", "would write into the checkpoint {one}"),
+        ("{link}", "would write into the checkpoint {one}"),
+        ("{experts}/distances.html", "--html {experts}/distances.html would write into the checkpoint {experts}"),
+        ("{seed}/model.safetensors", "would write into the checkpoint {seed}"),
+        ("{folder}", "--html {folder} is a folder; give a file in it, such as {folder}/distances.html"),
+        ("{folder}/no/distances.html", "there is no folder {folder}/no; make it first"),
+        ("{one}/distances.html", "would write into the checkpoint {one}"),
+        ("{other}", "--html {other} exists and is no page; it is not replaced, give another file"),
+    ],
+)
+def test_a_page_harms_nothing(folders, command, tmp_path, monkeypatch, page, message):
+    """Refused before anything is read."""
+    experts, seed = folders
+    places = {"experts": experts, "seed": seed, "folder": tmp_path / "folder"}
+    places |= {"one": tmp_path / "one.safetensors", "other": tmp_path / "other", "link": tmp_path / "link"}
+    places["folder"].mkdir()
+    places["one"].write_bytes((seed / "model.safetensors").read_bytes())
+    places["other"].write_text("cells of months")
+    places["link"].symlink_to(places["one"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("modalmerge.distance.results.measure", None)
+    sources = [places["one"], experts] if "one" in page + message else [experts]
+    code, out, err = command(*sources, "--base", seed, "--html", page.format(**places))
+    assert code == 1 and out == "" and message.format(**places) in err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_takes_no_files_is_found_out_first(folders, command, tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("modalmerge.distance.results.measure", None)
+    code, out, err = command(folders[0], "--html", tmp_path / "distances.html")
+    assert code == 1 and out == "" and "distances.html cannot be written: [Errno 13] Permission denied" in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_results_outlive_a_page_that_cannot_be_written(folders, command, tmp_path, monkeypatch, flags):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    code, out, err = command(folders[0], "--html", tmp_path / "distances.html", *flags)
+    assert code == 1 and "distances.html could not be written: [Errno 28] No space left" in err
+    assert "tssd" in out and "page in" not in out
+    assert not flags or json.loads(out)["of"] == "weights"
+
+
+def test_names_stay_words_on_a_terminal(command, tmp_path):
+    """No markup, no emoji, no control characters, whatever names hold."""
+    experts = ("[vision]", "[red]b", ":smile:")
+    hostile = "\x1b[31mweight\x07 [bold]x[/]"
+    for name, number in (("a", 1), ("b", 2), ("c", 3)):
+        save_file(
+            {
+                "w": torch.randn(40, 5, generator=torch.Generator().manual_seed(number)),
+                hostile: torch.full((3,), number),
+            },
+            tmp_path / f"{name}.safetensors",
+        )
+    words = [f"{expert}={tmp_path}/{name}.safetensors" for expert, name in zip(experts, "abc", strict=True)]
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert "experts [vision], [red]b, :smile:" in " ".join(out.split())
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    for name in (*experts, "[vision]-[red]b", "[red]b-:smile:"):
+        assert any(line.startswith(f"│ {name} ") for line in rows), name
+    assert r"\x1b[31mweight\x07 [bold]x[/] is left out" in " ".join(out.split())
+    assert out.replace("\n", "").isprintable()
+
+
+def test_experts_of_a_layout_file_stay_words(command, folders, tmp_path):
+    """They may be anything, also a closing tag, which rich cannot bear."""
+    known = (Path(modalmerge.__file__).parent / "layouts" / "modalmerge.yaml").read_text()
+    layout = tmp_path / "odd.yaml"
+    layout.write_text(known.replace("  vision: vision", '  vision: "[/vision]"', 1))
+    code, out, err = command(folders[0], "--layout", layout)
+    assert code == 0, err
+    assert "│ [/vision] " in out and "│ text-[/vision] " in out
 
 
 def test_edges_are_said(folders, command, tmp_path):

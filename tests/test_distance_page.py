@@ -12,7 +12,8 @@ from test_report_page import Reader, figures_of
 from modalmerge import __version__
 from modalmerge.distance import DISTANCES
 from modalmerge.report.distances import WORST_PARAMETERS, distance_page
-from modalmerge.report.heat import METRICS, heat_map, locate, read_grid
+from modalmerge.report.heat import heat_map, locate, read_grid
+from modalmerge.report.metrics import METRICS, badness, conclude, side
 from modalmerge.report.style import HEAT, STYLE
 
 NULLS = {"sign_conflict": 0.5, "ssd": 0.279, "tssd": 0.134}
@@ -31,7 +32,7 @@ def make_content(
         for name in DISTANCES:
             value = (10 if name == "l2" else 1) + next(count) / 1000
             null = NULLS.get(name)
-            found[name] = {"value": value, "null": null, "ratio": null and value / null, **more}
+            found[name] = {"value": value, "null": null, "ratio": null and value / null, "chance": null and 0.1, **more}
         return found
 
     places = [(layer, component) for layer in layers for component in components if (layer, component) != (1, "ffn")]
@@ -58,7 +59,7 @@ def make_content(
         "num_elements": 4321 * len(parameters),
         "null": {"sample_per_parameter": 65536, "num_coordinates": 98765, "random_seed": 7},
         "interval": {"level": 0.95, "resamples": 1000, "over": "parameters"},
-        "overall": metrics(low=0.75, high=1.75),
+        "overall": metrics(low=0.75, high=1.75, ratio_low=0.625, ratio_high=8.125),
         "pairs": {"-".join(pair): dict.fromkeys(DISTANCES, 0.625) for pair in itertools.combinations(experts, 2)},
         "energy_share": {expert: 0.2 + place / 10 for place, expert in enumerate(experts)},
         "norms": {expert: 3.25 + place for place, expert in enumerate(experts)},
@@ -85,7 +86,7 @@ def make_content(
 def without_numbers(content):
     """The same where no metric has a number."""
     if isinstance(content, dict):
-        lost = (*DISTANCES, "value", "null", "ratio", "low", "high")
+        lost = (*DISTANCES, "value", "null", "ratio", "chance", "low", "high", "ratio_low", "ratio_high")
         return {
             key: None if key in lost and not isinstance(item, dict) else without_numbers(item)
             for key, item in content.items()
@@ -119,6 +120,7 @@ def test_every_number_is_a_text_of_the_page():
         "models/specific , layout vl-merging. Compared: changes since models/seed . Experts: vision, text, joint.",
         "11 parameters with 47.5 k elements",
         "0.750 to 1.750",  # interval
+        "0.62 to 8.12",  # that of a ratio
         "0.279",  # null
         "on a sample of 98,765 coordinates (at most 65,536 of each parameter, random seed 7)",
         "from 1,000 resamples of the parameters",
@@ -178,7 +180,7 @@ def test_figures_are_valid_and_hold_every_square():
             assert f"{METRICS[name].title} {value}" in squares["hovertext"][place[0]][place[1]]
         assert written[4, 3] == METRICS[name].format(content["overall"][name]["value"])
     hover = figures["chart-5"]["data"][0]["hovertext"]
-    assert "null 0.134, ratio" in hover[0][0]
+    assert "null 0.134, ratio" in hover[0][0] and "(by chance ± 0.10)" in hover[0][0]
     assert hover[0][0].endswith("1 parameters, 4.32 k elements<br>experts vision, text, joint")
     assert hover[4][3].startswith("<b>all layers, all components</b>")
     assert "11 parameters, 47.5 k elements" in hover[4][3]
@@ -218,34 +220,119 @@ def test_norms_over_more_parameters_take_no_colour():
 
 
 @pytest.mark.parametrize(
-    ("entry", "lead", "reading"),
+    ("ratio", "more", "reading"),
     [
-        ({"value": 0.1, "low": 0.09, "high": 0.12}, "agree more than unrelated ones would", "less than for unrelated"),
-        ({"value": 0.12, "low": 0.1, "high": 0.14}, "differ about as unrelated ones would", "about as for unrelated"),
-        ({"value": 0.2, "low": 0.15, "high": 0.3}, "oppose each other more than", "more than for unrelated ones"),
-        (
-            {"value": 0.13, "low": 0.129, "high": 0.131},
-            "differ about as unrelated ones would",
-            "about as for unrelated",
-        ),
-        ({"value": 0.133, "low": None, "high": None}, "differ about as unrelated ones would", "about as for unrelated"),
-        ({"value": 0.1, "low": None, "high": None}, "agree more than unrelated ones would", "less than for unrelated"),
+        (0.75, {}, "less"),
+        (0.75, {"ratio_low": 0.6, "ratio_high": 1.02}, "about as"),
+        (0.75, {"ratio_low": 0.6, "ratio_high": 0.98}, "less"),
+        (0.75, {"chance": 0.3}, "about as"),
+        (0.97, {"ratio_low": 0.96, "ratio_high": 0.98}, "about as"),
+        (1.5, {"ratio_low": 1.2, "ratio_high": 2.0}, "more"),
+        (1.5, {"ratio_low": 0.9, "ratio_high": 2.0}, "about as"),
     ],
 )
-def test_the_interval_decides_what_is_said(entry, lead, reading):
+def test_the_interval_of_the_ratio_decides_what_is_said(ratio, more, reading):
+    """Not that of the value, whose null varies with it."""
     content = make_content()
-    content["overall"]["tssd"] |= entry | {"ratio": entry["value"] / 0.134}
+    ends = {"low": 0.1, "high": 0.2, "ratio_low": None, "ratio_high": None, "chance": 0.01}
+    content["overall"]["tssd"] = {"value": ratio * 0.134, "null": 0.134, "ratio": ratio} | ends | more
+    assert side(content["overall"]["tssd"]) == {"less": -1, "about as": 0, "more": 1}[reading]
     text = read(content)
-    assert f"By TSSD, the experts’ changes {lead}" in text
-    share = f"{100 * entry['value']:.1f} %"
-    assert f"Of the largest 50 % of each the same cancels {share}; {reading}" in text
+    amount = {"about as": "about as much cancels as"}.get(reading, f"{reading} cancels than")
+    span = f", {more['ratio_low']:.2f} to {more['ratio_high']:.2f}" if "ratio_low" in more else ""
+    assert f"By TSSD {amount} among shuffled experts (ratio {ratio:.2f}{span})" in text
+    share = f"{13.4 * ratio:.1f} %"
+    compared = "about as for" if reading == "about as" else f"{reading} than for"
+    assert f"Of the largest 50 % of each the same cancels {share}; {compared} shuffled experts (13.4 %)" in text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "cosine", "said"),
+    [
+        (1.4, 1.3, "they oppose each other"),
+        (1.4, 1.0, "their directions are unrelated, so that what cancels more are changes in the same places"),
+        (1.4, 0.7, "they lean the same way, so that what cancels more are changes in the same places"),
+        (1.0, 1.0, "their directions are unrelated"),
+        (1.0, 2.0, "they oppose each other, which this ratio does not show"),
+        (0.6, 0.7, "they lean the same way"),
+        (0.6, 1.0, "their directions are unrelated, so that what cancels less are changes in different places"),
+        (0.6, 1.01, "their directions are unrelated, so that what cancels less are changes in different places"),
+    ],
+)
+def test_the_cosine_says_what_the_ratio_means(ratio, cosine, said):
+    content = make_content()
+    content["overall"]["tssd"] |= {
+        "ratio": ratio,
+        "ratio_low": ratio - 0.01,
+        "ratio_high": ratio + 0.01,
+        "chance": 0.02,
+    }
+    content["overall"]["cosine"] |= {"value": cosine, "low": cosine - 0.02, "high": cosine + 0.02}
+    assert conclude(content)[1] == f"by the cosine distance ({cosine:.3f}) {said}"
+    text = read(content)
+    assert f"{said}." in text and ("oppose" in text) == (cosine > 1.1)
+
+
+def measure_changes(*experts):
+    from modalmerge.distance.results import measure_tensors
+    from modalmerge.layouts import load_layout
+
+    names = [f"layers.{layer}.ffn.{{}}fc1.weight" for layer in range(12)]
+    found = measure_tensors(
+        {
+            name.format(f"{expert}."): changes[n]
+            for expert, changes in zip(("vision", "text"), experts, strict=True)
+            for n, name in enumerate(names)
+        },
+        layout=load_layout("modalmerge"),
+        base={name.format(""): torch.zeros_like(experts[0][0]) for name in names},
+    )
+    return {**found.to_dict(), "prediction": {"none": "no study was given"}}
+
+
+def test_changes_in_the_same_places_do_not_oppose():
+    """The same rows in both, with unrelated signs: far more cancels than among shuffled ones, at right angles."""
+    touched = torch.zeros(60, 1)
+    touched[:3] = 1
+    one, other = (touched * torch.randn(12, 60, 50, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    content = measure_changes(one, other)
+    assert content["overall"]["tssd"]["ratio"] > 5
+    text = read(content)
+    assert "By TSSD more cancels than among shuffled experts" in text
+    assert "so that what cancels more are changes in the same places" in text and "oppose" not in text
+    text = read(measure_changes(one, other.flip(1)))
+    assert "so that what cancels less are changes in different places" in text and "lean" not in text
+
+
+def test_changes_of_one_size_that_oppose_are_called_so():
+    """Shuffling leaves them what they are, so that the ratio is 1."""
+    content = measure_changes(torch.ones(12, 60, 50), -torch.ones(12, 60, 50))
+    assert content["overall"]["tssd"]["ratio"] == 1
+    assert "by the cosine distance (2.000) they oppose each other, which this ratio does not show." in read(content)
+
+
+def test_what_may_be_chance_does_not_lead():
+    entries = [
+        {"value": 0.2, "null": 0.1, "ratio": 2.0, "chance": 2.5},  # a bias
+        {"value": 0.1, "null": 0.0, "ratio": None, "chance": None},
+        {"value": 0.15, "null": 0.13, "ratio": 1.2, "chance": 0.1},
+        {"value": 0.12, "null": 0.13, "ratio": 0.9, "chance": 0.02},
+    ]
+    worst_first = sorted(entries, key=lambda entry: badness({"tssd": entry}), reverse=True)
+    assert worst_first == [entries[2], entries[3], entries[0], entries[1]]
+
+
+def test_tiny_numbers_are_not_zero_but_rounding_is():
+    for value, text in ((0.0, "0.000"), (1e-5, "1.0e-05"), (1e-12, "0.000"), (-1e-17, "0.000"), (0.0006, "0.001")):
+        assert METRICS["ssd"].format(value) == text
+    assert METRICS["l2"].format(1e-12) == "1.00e-12", "a norm has no size of its own"
 
 
 def test_values_are_put_in_words():
     content = make_content()
     for name, value in {"cosine": 0.5, "relative_l2": 0.707107, "norm_ratio": 3.0}.items():
         content["overall"][name]["value"] = value
-    content["overall"]["ssd"] |= {"value": 0.0, "null": 0.0, "ratio": None}
+    content["overall"]["ssd"] |= {"value": 0.0, "null": 0.0, "ratio": None, "chance": None}
     text = read(content)
     assert "An angle of 60°; unrelated changes are at 90°." in text
     assert "50 % of what unrelated changes of equal norm give." in text
@@ -265,19 +352,22 @@ def test_a_prediction_is_shown_with_what_it_is_made_of():
 def test_the_worst_come_first():
     content = make_content(layers=range(12))
     for number, parameter in enumerate(content["parameters"]):
-        parameter["metrics"]["tssd"] = {"value": 0.5, "null": 0.5, "ratio": number / 100}
-    content["parameters"][-1]["metrics"]["tssd"] = {"value": 0.9, "null": 0.0, "ratio": None}
+        parameter["metrics"]["tssd"] = {"value": 0.5, "null": 0.5, "ratio": number / 100, "chance": 0.1}
+    content["parameters"][-1]["metrics"]["tssd"] = {"value": 0.9, "null": 0.0, "ratio": None, "chance": None}
+    content["parameters"][0]["metrics"]["tssd"] = {"value": 0.9, "null": 0.1, "ratio": 9.0, "chance": 10.0}
     text = distance_page(content, command=COMMAND)
     shown = re.findall(r'<th scope="row"><code>(.*?)</code>', text)
     names = [parameter["name"].replace(".", ".<wbr>") for parameter in content["parameters"]]
-    assert shown == names[-2 : -2 - WORST_PARAMETERS : -1]
+    assert shown == names[-2 : -2 - WORST_PARAMETERS : -1], "neither chance nor what has no ratio leads"
     assert f"{WORST_PARAMETERS} of {len(names)} parameters" in Reader(text).text
     for found in content["by_layer_component"]:
         found["metrics"]["tssd"]["ratio"] = {(3, "ffn"): 1.9, (7, "norms"): 1.8, (0, "norms"): 1.7}.get(
             (found["layer"], found["component"]), 0.5
         )
+        found["metrics"]["tssd"]["chance"] = 0.8 if (found["layer"], found["component"]) == (0, "norms") else 0.1
     wanted = (
-        "Furthest apart by the ratio of TSSD to its null: layer 3, FFN (1.90); layer 7, norms (1.80); layer 0, norms"
+        "Furthest apart by the ratio of TSSD to its null, less what chance gives in so few coordinates: "
+        "layer 3, FFN (1.90); layer 7, norms (1.80); layer 0, norms (1.70, may be chance)"
     )
     assert wanted in read(content)
 
@@ -402,6 +492,6 @@ def test_measured_distances_give_a_page(tmp_path):
         save_file(tensors, tmp_path / f"{name}.safetensors")
     found = measure({name: tmp_path / f"{name}.safetensors" for name in ("one", "other")})
     text = read({**found.to_dict(), "prediction": {"none": "no study was given"}})
-    assert "By TSSD, the experts’ weights differ about as unrelated ones would" in text
+    assert "By TSSD about as much cancels as among shuffled experts" in text
     assert "Experts: one, other. 3 parameters with 6 k elements have two experts or more." in text
     assert METRICS["ssd"].format(found.overall["ssd"]["value"]) in text

@@ -5,13 +5,17 @@ import itertools
 import json
 import math
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from modalmerge.checkpoint import TensorInfo
 from modalmerge.distance import Distances, measure_tensors
-from modalmerge.distance.aggregate import ALIGNMENT
+from modalmerge.distance.aggregate import ALIGNMENT, intervals, tabulate
+from modalmerge.distance.groups import list_groups
 from modalmerge.distance.measures import (
     DISTANCES,
     aligned_squares,
@@ -28,7 +32,7 @@ from modalmerge.layouts import load_layout
 ALL = ("vision", "text", "joint")
 
 
-def sums_of(changes, *, name="p", experts=ALL, part="ffn", layer=0, random_seed=0, is_matrix=True):
+def sums_of(changes, *, name="p", experts=ALL, part="ffn", layer=0, random_seed=0, density=0.5, is_matrix=True):
     """The sums of changes in memory, (expert, rows, columns), with a null of all coordinates."""
     changes = changes.double()
     experts = experts[: len(changes)]
@@ -50,10 +54,10 @@ def sums_of(changes, *, name="p", experts=ALL, part="ffn", layer=0, random_seed=
         squared_differences=squared_differences(flat).numpy(),
         opposite_signs=opposite_signs(flat).numpy(),
         conflict=conflicts(flat),
-        truncated=conflicts(truncate(flat, density=0.5)),
+        truncated=conflicts(truncate(flat, density=density)),
         null_opposite_signs=opposite_signs(shuffled).numpy(),
         null_conflict=conflicts(shuffled),
-        null_truncated=conflicts(truncate(shuffled, density=0.5)),
+        null_truncated=conflicts(truncate(shuffled, density=density)),
         num_sampled=flat.shape[1],
         aligned=aligned_squares(changes).numpy() if is_matrix else None,
     )
@@ -181,30 +185,133 @@ def test_the_interval_is_that_of_its_random_seed():
     assert (one["low"], one["high"]) != (other["low"], other["high"]) and one["value"] == other["value"]
 
 
+def test_the_interval_of_the_ratio_covers():
+    """Value and null go up and down together with how much truncation leaves; their ratio hardly does."""
+    like = sums_of(random_changes(2, 2, 4))
+    covers, widths = [], []
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        shares, ratios = generator.uniform(0.1, 0.5, 40), generator.uniform(0.8, 1.0, 40)
+        sums = [
+            dataclasses.replace(
+                like,
+                name=str(n),
+                num_elements=100,
+                conflict=np.array([[100 * share * ratio, 100]]),
+                null_conflict=np.array([[100 * share, 100]]),
+            )
+            for n, (share, ratio) in enumerate(zip(shares, ratios, strict=True))
+        ]
+        entry = summarise(sums, experts=ALL).overall["ssd"]
+        covers.append(entry["ratio_low"] <= 0.9 <= entry["ratio_high"])
+        widths.append(entry["ratio_high"] - entry["ratio_low"])
+        assert entry["ratio_low"] < entry["ratio"] < entry["ratio_high"]
+        assert entry["high"] / entry["low"] > 1.2 > 1.1 > entry["ratio_high"] / entry["ratio_low"]
+    assert sum(covers) >= 33
+    assert summarise(sums, experts=ALL).overall["l2"]["ratio_low"] is None, "no null, no ratio"
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.02])
+@pytest.mark.parametrize(("num_experts", "size"), [(2, 32), (2, 300), (2, 3000), (3, 300)])
+def test_chance_covers_unrelated_experts(density, size, num_experts):
+    """However few coordinates truncation leaves; and where it leaves many, it is not much wider than needed."""
+    sums = []
+    for seed in range(100):
+        x = random_changes(num_experts, 1, size, random_seed=seed)
+        sums.append(sums_of(x, name=str(seed), random_seed=seed + 1000, density=density, is_matrix=False))
+    entries = [row["metrics"]["tssd"] for row in summarise(sums, experts=ALL).parameters]
+    known = [entry for entry in entries if entry["ratio"] is not None]
+    assert sum(abs(entry["ratio"] - 1) > entry["chance"] for entry in known) <= 1
+    if size == 3000 and density >= 0.1:
+        spread = np.std([entry["ratio"] for entry in known])
+        assert 2.5 * spread < np.mean([entry["chance"] for entry in known]) < 5 * spread
+
+
+def test_chance_knows_of_the_sample():
+    """A null of a short sample is less sure, in one parameter and where parameters are added up."""
+    whole = sums_of(random_changes(2, 1, 4000), is_matrix=False)
+    short = dataclasses.replace(whole, num_sampled=1000)
+    chance, wider = (summarise([x, x], experts=ALL).overall for x in (whole, short))
+    for name in WITH_NULL:
+        assert wider[name]["chance"] == pytest.approx(chance[name]["chance"] * math.sqrt(5 / 2), rel=1e-3), name
+        alone = summarise([whole], experts=ALL).overall[name]["chance"]
+        assert alone == pytest.approx(chance[name]["chance"] * math.sqrt(2), rel=1e-9), name
+
+
+def test_rounding_never_leaves_the_range_of_the_cosine():
+    like = sums_of(random_changes(2, 2, 4))
+    beyond = dataclasses.replace(like, products=np.array([[1.0, 1 + 1e-15], [1 + 1e-15, 1.0]]))
+    assert summarise([beyond], experts=ALL).overall["cosine"]["value"] == 0
+    beyond = dataclasses.replace(like, products=-beyond.products + np.diag([2.0, 2.0]))
+    assert summarise([beyond], experts=ALL).overall["cosine"]["value"] == 2
+
+
+def test_intervals_of_many_parameters_take_little_memory():
+    table = tabulate(made_up(8000, random_seed=0), ALL[:2])
+    tracemalloc.start()
+    intervals(table, random_seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6, "200 MB where all resamples are drawn at once"
+
+
+def test_pairs_that_would_share_a_name_are_refused(tmp_path):
+    paths = {}
+    for name in ("a", "b-c", "a-b", "c"):
+        paths[name] = tmp_path / f"{name}.safetensors"
+        save_file({"weight": torch.ones(2, 2)}, paths[name])
+    with pytest.raises(
+        ValueError, match="the pairs 'a and b-c' and 'a-b and c' of experts would both be called 'a-b-c'"
+    ):
+        measure(paths)
+    assert list(measure({name: paths[name] for name in ("a", "b-c", "c")}).pairs) == ["a-b-c", "a-c", "b-c-c"]
+
+
+def test_many_tensors_left_out_are_one_note():
+    names = [f"layers.{n}.counts" for n in range(300)]
+    infos = {
+        "weight": TensorInfo(torch.float32, (4,)),
+        **dict.fromkeys(names, TensorInfo(torch.int64, (4,))),
+        "scale": TensorInfo(torch.float8_e4m3fn, (4,)),
+    }
+    _, notes = list_groups([infos, infos], experts=("one", "other"))
+    named = ", ".join(sorted(names)[:3])
+    assert notes == (
+        f"300 parameters, such as {named}, are left out: int64 has no distance",
+        "scale is left out: float8_e4m3fn is not supported",
+    )
+    del infos["weight"]
+    with pytest.raises(ValueError, match="301 are of int64 or float8_e4m3fn, 0 have no elements"):
+        list_groups([infos, infos], experts=("one", "other"))
+
+
+def test_a_null_of_zero_is_said():
+    """All changes of one sign: shuffled or not, nothing cancels."""
+    found = summarise([sums_of(random_changes(2, 3, 4).abs(), name=name) for name in "ab"], experts=ALL)
+    assert found.notes[0] == (
+        "the null of sign_conflict, ssd, tssd is 0, so that there is no ratio, in 2 parameters, such as a, b"
+    )
+
+
 def test_a_change_of_zero_is_said():
     x = random_changes(3, 4, 5)
     x[1] = 0
     found = summarise([sums_of(x, name="a"), sums_of(random_changes(3, 4, 5), name="b")], experts=ALL, base="seed")
-    assert found.parameters[0]["metrics"]["norm_ratio"] == {"value": None, "null": None, "ratio": None}
-    assert found.notes[0].startswith(
-        "norm_ratio is infinite (no value) in 1 parameter, such as a, where the changes of"
+    assert set(found.parameters[0]["metrics"]["norm_ratio"].values()) == {None}
+    assert found.notes == ["2 parameters are compared: intervals hang on each of them, and say little"], (
+        "`measure_groups` has said whose change is zero"
     )
-    assert found.notes[1] == "norm_ratio has no interval: some draws of parameters give no number"
     entry = found.overall["norm_ratio"]
     assert entry["value"] > 1 and entry["high"] is None
     whole = summarise([sums_of(x, name="a"), sums_of(x, name="b")], experts=ALL, base="seed")
     assert whole.overall["norm_ratio"]["value"] is None and whole.pairs["vision-text"]["norm_ratio"] is None
     assert whole.pairs["vision-text"]["cosine"] == 1 and whole.energy_share["text"] == whole.norms["text"] == 0
-    assert whole.notes[0].startswith("the changes of text are zero throughout: with the others cosine is 1")
     assert "norm_ratio" not in whole.as_numbers()
 
 
 def test_experts_that_did_not_change_are_said():
     found = summarise([sums_of(torch.zeros(2, 3, 3)), sums_of(torch.zeros(2, 3, 3))], experts=ALL, notes=["before"])
-    assert found.notes[:2] == ["before", "the weights of all experts are zero: there is nothing to tell apart"]
-    assert found.notes[2] == (
-        "the null of sign_conflict, ssd, tssd is 0, so that there is no ratio, in 2 parameters, such as p"
-    )
+    assert found.notes == ["before", "2 parameters are compared: intervals hang on each of them, and say little"]
     assert {name: entry["value"] for name, entry in found.overall.items()} == {
         name: 1.0 if name == "norm_ratio" else 0.0 for name in DISTANCES
     }
@@ -216,7 +323,7 @@ def test_one_parameter_has_no_interval():
     assert found.overall["ssd"]["value"] > 0 and found.overall["ssd"]["low"] is None
     assert found.overall[ALIGNMENT]["value"] is None
     assert found.notes == [
-        f"{ALIGNMENT} is of matrices, and has no value in 1 parameter, such as p",
+        f"{ALIGNMENT} is of matrices, and has no value in 1 parameter, p",
         "one parameter is compared, so that there is no interval",
     ]
 
@@ -324,7 +431,9 @@ def test_a_result_is_plain_json():
         "notes",
     ]
     assert list(content["overall"]) == list(DISTANCES)
-    assert set(content["overall"]["tssd"]) == {"value", "null", "ratio", "low", "high"}
+    ends = {"low", "high", "ratio_low", "ratio_high"}
+    assert set(content["overall"]["tssd"]) == {"value", "null", "ratio", "chance", *ends}
+    assert set(content["by_layer"]["0"]["tssd"]) == {"value", "null", "ratio", "chance"}
     assert content["null"] == {"sample_per_parameter": 65536, "num_coordinates": 196, "random_seed": 0}
     assert content["interval"] == {"level": 0.95, "resamples": 1000, "over": "parameters"}
     assert list(content["by_layer"]) == ["0", "1"] and list(content["by_component"]) == ["attention", "ffn", "norms"]

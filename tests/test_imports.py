@@ -28,7 +28,7 @@ ALLOWED = {
     "report": {"outcomes", "records"},
 }
 ALLOWED["study"] = {part for part in ALLOWED if part != "report"}
-ALLOWED["bench"] = {"checkpoint", "merge", "layouts", "model", "records", "registry"}
+ALLOWED["bench"] = {"checkpoint", "distance", "merge", "layouts", "model", "records", "registry"}
 # files that may do more than their part
 EXTRA = {"modalmerge.merge.procedures": {"model", "data", "tasks"}}  # with its modules
 

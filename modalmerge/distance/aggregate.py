@@ -14,9 +14,12 @@ from modalmerge.distance.sums import Numbers, ParameterSums
 
 ALIGNMENT = "subspace_alignment"
 LEVEL, NUM_RESAMPLES = 0.95, 1000
+_BLOCK = 50  # resamples at a time: 20,000 parameters then take 16 MB, not 480
+_CHANCE = 3  # standard deviations
 
 _STACKED = (
     "num_elements",
+    "num_sampled",
     "products",
     "squared_differences",
     "opposite_signs",
@@ -38,14 +41,16 @@ def tabulate(sums: Sequence[ParameterSums], experts: Sequence[str]) -> Table:
         experts: all that they have, in the same order.
 
     Returns:
-        Sums by name, zero where a parameter lacks an expert; `has` and `has_aligned` count where it does not.
+        Sums by name, zero where a parameter lacks an expert; `has` and `has_aligned` count where it does not. The
+        `_spread` of a null is its count times how many coordinates each of the sample stands for.
     """
     pairs = {pair: position for position, pair in enumerate(itertools.combinations(experts, 2))}
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(("has", "num_elements", "first", "second", "products"), (len(pairs),)),
-        **dict.fromkeys(("differences", "opposite", "null_opposite"), (len(pairs),)),
+        **dict.fromkeys(("differences", "opposite", "null_opposite", "null_opposite_spread"), (len(pairs),)),
         **dict.fromkeys(("conflict", "truncated"), (len(pairs), 2)),
         **dict.fromkeys(("all_conflict", "all_truncated", "null_conflict", "null_truncated"), (2,)),
+        **dict.fromkeys(("null_conflict_spread", "null_truncated_spread"), ()),
         **dict.fromkeys(("squares", "has_aligned"), (len(experts),)),
         "aligned": (len(experts), 2),
     }
@@ -59,6 +64,7 @@ def tabulate(sums: Sequence[ParameterSums], experts: Sequence[str]) -> Table:
         stacked = {name: np.array([getattr(sums[row], name) for row in rows], dtype=np.float64) for name in _STACKED}
         products, conflict, truncated = stacked["products"], stacked["conflict"], stacked["truncated"]
         squares = products.diagonal(axis1=1, axis2=2)
+        scale = stacked["num_elements"] / stacked["num_sampled"]
         of_pairs: dict[str, Numbers | float] = {
             "has": 1.0,
             "num_elements": stacked["num_elements"][:, None],
@@ -68,6 +74,7 @@ def tabulate(sums: Sequence[ParameterSums], experts: Sequence[str]) -> Table:
             "differences": stacked["squared_differences"],
             "opposite": stacked["opposite_signs"],
             "null_opposite": stacked["null_opposite_signs"],
+            "null_opposite_spread": (scale * stacked["num_elements"])[:, None],
             "conflict": conflict[:, : len(columns)],
             "truncated": truncated[:, : len(columns)],
         }
@@ -77,6 +84,8 @@ def tabulate(sums: Sequence[ParameterSums], experts: Sequence[str]) -> Table:
         table["all_conflict"][rows], table["all_truncated"][rows] = conflict[:, -1], truncated[:, -1]
         table["null_conflict"][rows] = stacked["null_conflict"][:, -1]
         table["null_truncated"][rows] = stacked["null_truncated"][:, -1]
+        for name in ("null_conflict", "null_truncated"):
+            table[f"{name}_spread"][rows] = scale * table[name][rows, 1]
         table["squares"][np.ix_(rows, mine)] = squares
     for row, parameter in enumerate(sums):
         if parameter.aligned is not None:
@@ -100,7 +109,7 @@ def pair_values(table: Table) -> dict[str, Numbers]:
     return {
         "l2": l2,
         "relative_l2": divide(l2, (first + second) / 2, otherwise=0.0),
-        "cosine": 1 - divide(table["products"], sizes, otherwise=np.where(larger == 0, 1.0, 0.0)),
+        "cosine": np.clip(1 - divide(table["products"], sizes, otherwise=np.where(larger == 0, 1.0, 0.0)), 0, 2),
         "sign_conflict": table["opposite"] / np.maximum(1, table["num_elements"]),
         "ssd": _share(table["conflict"]),
         "tssd": _share(table["truncated"]),
@@ -135,7 +144,28 @@ def nulls(table: Table) -> dict[str, Numbers]:
     }
 
 
-def intervals(table: Table, *, random_seed: int) -> dict[str, tuple[float, float]]:
+def chances(table: Table) -> dict[str, Numbers]:
+    """Say how far from 1 chance takes the ratios of experts that have nothing in common, (row,); NaN without a ratio.
+
+    It is three standard deviations, at most, of means of numbers from 0 to 1 over independent coordinates: the value's
+    over those with any change, the null's over those of its sample. Few of either, or few of them that cancel, as where
+    truncation leaves little, make it large.
+    """
+    pairs = _deviation(
+        np.stack([table["opposite"], table["num_elements"]], -1),
+        np.stack([table["null_opposite"], table["num_elements"]], -1),
+        table["null_opposite_spread"],
+    )
+    deviations = {
+        "sign_conflict": _mean(pairs, table["has"] > 0),
+        "ssd": _deviation(table["all_conflict"], table["null_conflict"], table["null_conflict_spread"]),
+        "tssd": _deviation(table["all_truncated"], table["null_truncated"], table["null_truncated_spread"]),
+    }
+    shuffled = nulls(table)
+    return {name: divide(_CHANCE * x, shuffled[name], otherwise=math.nan) for name, x in deviations.items()}
+
+
+def intervals(table: Table, *, random_seed: int) -> dict[str, dict[str, float]]:
     """Draw as many parameters as there are, again and again, and say where the values of most draws lie.
 
     Args:
@@ -143,20 +173,29 @@ def intervals(table: Table, *, random_seed: int) -> dict[str, tuple[float, float
         random_seed: decides the draws.
 
     Returns:
-        Metric to the percentiles that hold `LEVEL` of `NUM_RESAMPLES` draws between them. NaN or infinite where draws
-        are.
+        Metric to "low" and "high", the percentiles that hold `LEVEL` of `NUM_RESAMPLES` values between them, and for
+        those with a null to "ratio_low" and "ratio_high", of value and null of the same draws. NaN or infinite where
+        draws are.
     """
-    num = len(table["has"])
-    drawn = np.random.default_rng(random_seed).integers(num, size=(NUM_RESAMPLES, num))
-    places = drawn + num * np.arange(NUM_RESAMPLES)[:, None]  # so that one count is enough for all draws
-    counts = np.bincount(places.ravel(), minlength=NUM_RESAMPLES * num).reshape(NUM_RESAMPLES, num)
+    num, generator = len(table["has"]), np.random.default_rng(random_seed)
+    blocks: dict[str, list[Numbers]] = {}
+    for _ in range(0, NUM_RESAMPLES, _BLOCK):
+        # each draw has places of its own, so that one count is enough for all
+        places = generator.integers(num, size=(_BLOCK, num)) + num * np.arange(_BLOCK)[:, None]
+        counts = np.bincount(places.ravel(), minlength=_BLOCK * num).reshape(_BLOCK, num)
+        drawn = _draw(table, counts.astype(np.float64))
+        found = values(drawn)
+        ratios = {f"{name} ratio": divide(found[name], null, otherwise=math.nan) for name, null in nulls(drawn).items()}
+        for name, numbers in (found | ratios).items():
+            blocks.setdefault(name, []).append(numbers)
     tail = (1 - LEVEL) / 2
-    found = {}
+    spans: dict[str, dict[str, float]] = {}
     with np.errstate(invalid="ignore"):  # infinity - infinity, between two such draws
-        for name, numbers in values(_draw(table, counts.astype(np.float64))).items():
-            low, high = np.quantile(numbers, (tail, 1 - tail))
-            found[name] = (float(low), float(high))
-    return found
+        for key, parts in blocks.items():
+            name, *of = key.split()
+            for end, number in zip(("low", "high"), np.quantile(np.concatenate(parts), (tail, 1 - tail)), strict=True):
+                spans.setdefault(name, {})["_".join([*of, end])] = float(number)
+    return spans
 
 
 def divide(numerators: Numbers, denominators: Numbers, *, otherwise: Numbers | float) -> Numbers:
@@ -168,7 +207,8 @@ def divide(numerators: Numbers, denominators: Numbers, *, otherwise: Numbers | f
 def _draw(table: Table, counts: Numbers) -> Table:
     """Add up rows by how often each counts, (row of the result, row)."""
     flat = [numbers.reshape(len(numbers), -1) for numbers in table.values()]
-    total = counts @ np.concatenate(flat, 1)  # one product is twice as fast as one for each
+    with np.errstate(invalid="ignore"):  # 0 times infinity
+        total = counts @ np.concatenate(flat, 1)  # one product is twice as fast as one for each
     pieces = np.split(total, np.cumsum([numbers.shape[1] for numbers in flat])[:-1], 1)
     return {
         name: piece.reshape(len(counts), *numbers.shape[1:])
@@ -179,6 +219,20 @@ def _draw(table: Table, counts: Numbers) -> Table:
 def _share(conflict: Numbers) -> Numbers:
     """Divide what is cancelled by the number of coordinates with any change, (..., 2) to (...)."""
     return conflict[..., 0] / np.maximum(1, conflict[..., 1])
+
+
+def _deviation(conflict: Numbers, null: Numbers, spread: Numbers) -> Numbers:
+    """Bound the standard deviation of the difference of two shares, were they equal, (..., 2) to (...).
+
+    Args:
+        conflict, null: what is cancelled, and the number of coordinates.
+        spread: that number, each of the null's sample as often as it counts.
+    """
+    total = conflict + null
+    share = np.clip(_share(total), 0, 1)
+    weights = 1 / np.maximum(1, conflict[..., 1]) + spread / np.maximum(1, null[..., 1]) ** 2
+    deviation: Numbers = np.sqrt(share * (1 - share) * weights)
+    return deviation
 
 
 def _mean(numbers: Numbers, counts: NDArray[np.bool_]) -> Numbers:

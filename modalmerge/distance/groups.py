@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from modalmerge.layouts import ZEROS, Layout
 from modalmerge.registry import nearest
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NUM_NAMED = 3  # of what a note is about, at most
 Infos = Mapping[str, TensorInfo]
 
 
@@ -61,8 +63,11 @@ class Tensors:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._infos = {name: TensorInfo(x.dtype, tuple(x.shape)) for name, x in self._tensors.items()}
+        self._infos = {name: TensorInfo(x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+        self._bytes = {
+            name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for name, tensor in tensors.items()
+        }
 
     @property
     def infos(self) -> Infos:
@@ -71,8 +76,7 @@ class Tensors:
 
     def read_into(self, name: str, offset_bytes: int, view: memoryview) -> None:
         """Fill a buffer with part of a tensor's values, as `Checkpoint.read_into` does."""
-        stored = self._tensors[name].reshape(-1).view(torch.uint8).numpy().data
-        view.cast("B")[:] = stored[offset_bytes : offset_bytes + view.nbytes]
+        view[:] = self._bytes[name][offset_bytes : offset_bytes + view.nbytes]
 
 
 def list_groups(
@@ -97,16 +101,18 @@ def list_groups(
 
     Raises:
         ValueError: the layout has nothing to merge, no parameter has two experts, the base lacks one or has another
-            shape, or names or shapes differ between experts.
+            shape, names or shapes differ between experts, or two pairs of experts would have one name.
     """
     if layout is not None:
         assert len(inputs) == 1, "a layout is of one checkpoint"
         found = _inside(inputs[0], layout)
     else:
         found = _across(inputs, experts)
+    present = {expert for candidate in found for expert in candidate.experts}
+    name_pairs([expert for expert in (layout.expert_names if layout else experts) if expert in present])
     groups: list[Group] = []
     alone: list[str] = []
-    integers: dict[str, torch.dtype] = {}
+    others: dict[torch.dtype, list[str]] = {}
     empty: list[str] = []
     for candidate in found:
         infos = {source: inputs[source.checkpoint][source.name] for source in candidate.sources if source.name != ZEROS}
@@ -115,7 +121,7 @@ def list_groups(
             alone.append(candidate.name)
             continue
         if other := next((info.dtype for info in infos.values() if info.dtype not in FLOATS), None):
-            integers[candidate.name] = other
+            others.setdefault(other, []).append(candidate.name)
             continue
         for source, info in infos.items():
             if info.shape != first.shape:
@@ -133,10 +139,36 @@ def list_groups(
         groups.append(dataclasses.replace(candidate, base=seed, shape=first.shape, dtypes=dtypes))
     if not groups:
         raise ValueError(
-            f"no parameter has two experts that can be compared: {len(alone)} have one expert only, {len(integers)} "
-            f"are no floats, {len(empty)} have no elements; a distance is between experts of one parameter"
+            f"no parameter has two experts that can be compared: {len(alone)} have one expert only, "
+            f"{sum(map(len, others.values()))} are of {_show_dtypes(others) or 'other dtypes'}, {len(empty)} have no "
+            "elements; a distance is between experts of one parameter"
         )
-    return tuple(groups), tuple(_notes(groups, alone, integers, empty))
+    return tuple(groups), tuple(_notes(groups, alone, others, empty))
+
+
+def name_pairs(experts: Sequence[str]) -> list[str]:
+    """Name every pair, in the order of `itertools.combinations`.
+
+    Raises:
+        ValueError: two pairs would have one name.
+    """
+    named: dict[str, tuple[str, str]] = {}
+    for pair in itertools.combinations(experts, 2):
+        name = "-".join(pair)
+        if name in named:
+            raise ValueError(
+                f"the pairs {' and '.join(named[name])!r} and {' and '.join(pair)!r} of experts would both be called "
+                f"{name!r}; give the experts names without a hyphen"
+            )
+        named[name] = pair
+    return list(named)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Count parameters, and name a few."""
+    if len(names) == 1:
+        return f"1 parameter, {names[0]}"
+    return f"{len(names)} parameters, such as {', '.join(names[:NUM_NAMED])}"
 
 
 def _inside(infos: Infos, layout: Layout) -> list[Group]:
@@ -199,13 +231,15 @@ def _in_base(name: str, info: TensorInfo, base: Infos, layout: Layout | None) ->
 
 
 def _notes(
-    groups: Sequence[Group], alone: Sequence[str], integers: Mapping[str, torch.dtype], empty: Sequence[str]
+    groups: Sequence[Group], alone: Sequence[str], others: Mapping[torch.dtype, Sequence[str]], empty: Sequence[str]
 ) -> list[str]:
     notes = []
     if alone:
         notes.append(f"{_count(alone)} one expert only, so no distance, such as {alone[0]}")
-    for name, dtype in integers.items():
-        notes.append(f"{name} is left out: {_show_dtype(dtype)} has no distance")
+    for dtype, names in others.items():
+        who = f"{names[0]} is" if len(names) == 1 else f"{some_of(names)}, are"
+        lacks = "is not supported" if dtype.is_floating_point or dtype.is_complex else "has no distance"
+        notes.append(f"{who} left out: {_show_dtype(dtype)} {lacks}")
     if empty:
         notes.append(f"{_count(empty)} no elements and no distance, such as {empty[0]}")
     everyone = list(dict.fromkeys(expert for group in groups for expert in group.experts))
@@ -227,6 +261,10 @@ def _among(experts: Sequence[str], source: Source) -> str:
 
 def _show(info: TensorInfo) -> str:
     return f"{list(info.shape)} {_show_dtype(info.dtype)}"
+
+
+def _show_dtypes(dtypes: Iterable[torch.dtype]) -> str:
+    return " or ".join(map(_show_dtype, dtypes))
 
 
 def _show_dtype(dtype: torch.dtype) -> str:

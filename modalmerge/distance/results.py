@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from modalmerge.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +18,7 @@ from modalmerge.distance.aggregate import (
     NUM_RESAMPLES,
     Table,
     add_rows,
+    chances,
     divide,
     intervals,
     nulls,
@@ -25,13 +26,15 @@ from modalmerge.distance.aggregate import (
     tabulate,
     values,
 )
-from modalmerge.distance.groups import Tensors, list_groups
-from modalmerge.distance.measures import DISTANCES
+from modalmerge.distance.groups import Tensors, list_groups, name_pairs, some_of
+from modalmerge.distance.measures import DISTANCES, energy_shares
 from modalmerge.distance.streaming import NULL_SAMPLE, measure_groups
 from modalmerge.distance.sums import ParameterSums
 from modalmerge.layouts import COMPONENTS, LAYOUTS, Layout, detect, load_layout, recorded_layout
 
 CHANGES, WEIGHTS = "changes", "weights"
+DENSITY = 0.5  # unless another is asked for; that of a study's cells
+FEW = 10  # parameters, below which a note says that intervals are of few
 WITH_NULL = ("sign_conflict", "ssd", "tssd")  # as `nulls`
 _ORDER = ("attention", "ffn", "norms", "layer", "")  # of components
 
@@ -51,11 +54,12 @@ class Distances:
         num_parameters, num_elements: what was compared: parameters of two experts or more, and the elements of each.
         null: {"sample_per_parameter", "num_coordinates", "random_seed"} of what nulls are measured on.
         interval: {"level", "resamples", "over"} of what intervals are.
-        overall: metric to {"value", "null", "ratio", "low", "high"}: the null is what shuffled experts have, the ratio
-            value / null, and low to high the interval of the value.
+        overall: metric to {"value", "null", "ratio", "chance", "low", "high", "ratio_low", "ratio_high"}: the null is
+            what shuffled experts have, the ratio value / null, chance how far from 1 it is by chance, at most; low to
+            high is the interval of the value, ratio_low to ratio_high that of the ratio.
         pairs: "one-other" to the value of each metric between these two.
         energy_share, norms: expert to its share of all squared norms, and to its norm.
-        by_component, by_layer: name to metrics, as `overall` without interval; "" is outside of the layers.
+        by_component, by_layer: name to metrics, as `overall` without intervals; "" is outside of the layers.
         by_layer_component, parameters: the same for both together and for every parameter, each with what it is.
         notes: what was left out, and what a number does not say.
     """
@@ -96,7 +100,7 @@ def measure(
     *,
     base: Path | str | None = None,
     layout: str = "",
-    density: float = 0.5,
+    density: float = DENSITY,
     random_seed: int = 0,
     subspace: bool = False,
     num_threads: int = 0,
@@ -104,7 +108,8 @@ def measure(
 ) -> Distances:
     """Measure how far apart the experts inside a checkpoint are, or several checkpoints of equal names.
 
-    Files are read at most twice, in pieces.
+    Files are read at most twice, in pieces; a parameter once more where its elements are NaN, infinite or too large to
+    square in float32, where they are such that both attempts at truncation fail, and for `subspace`.
 
     Args:
         source: a file, folder or hub id with experts inside; or several by name.
@@ -113,7 +118,7 @@ def measure(
         layout: a name of `LAYOUTS` or a layout file; "" to find it by the names. For one checkpoint only.
         density: share of every change that truncation keeps, largest first, in (0, 1].
         random_seed: of the shuffles that nulls are made of, and of the resamples of intervals.
-        subspace: also measure subspace alignment, which decomposes every matrix.
+        subspace: also measure subspace alignment, which decomposes every matrix, whole in memory in float64.
         num_threads: 0 for one per core, at most 8.
         report: called now and then with the bytes that are read and the bytes there are.
 
@@ -122,7 +127,7 @@ def measure(
 
     Raises:
         ValueError: a file cannot be read, the layout is unknown or has nothing to merge, no parameter has two experts,
-            the base does not fit, or a setting is out of range.
+            the base does not fit, two pairs of experts would have one name, or a setting is out of range.
     """
     _check_settings(density, random_seed)
     named = dict(source) if isinstance(source, Mapping) else {"": source}
@@ -170,7 +175,7 @@ def measure_tensors(
     *,
     layout: Layout,
     base: Mapping[str, Tensor] | None = None,
-    density: float = 0.5,
+    density: float = DENSITY,
     random_seed: int = 0,
 ) -> Distances:
     """Measure how far apart the experts of a model in memory are.
@@ -210,7 +215,7 @@ def summarise(
     source: str = "",
     layout: str = "",
     base: str | None = None,
-    density: float = 0.5,
+    density: float = DENSITY,
     random_seed: int = 0,
     subspace: bool = False,
     notes: Sequence[str] = (),
@@ -238,18 +243,19 @@ def summarise(
     whole = add_rows(table, [range(len(sums))])
     names = (*DISTANCES, ALIGNMENT) if subspace else tuple(DISTANCES)
     (overall,) = _metrics(whole, names)
-    for name, (low, high) in intervals(table, random_seed=random_seed).items():
-        if name in overall:
+    spans = intervals(table, random_seed=random_seed)
+    for name, entry in overall.items():
+        for kind in ("", "ratio_"):
+            low, high = (spans[name].get(f"{kind}{end}", math.nan) for end in ("low", "high"))
             is_known = len(sums) > 1 and math.isfinite(low) and math.isfinite(high)
-            overall[name] |= {"low": low if is_known else None, "high": high if is_known else None}
-    squares = whole["squares"][0]
-    shares = divide(squares, squares.sum(keepdims=True), otherwise=1 / len(experts))  # as `energy_shares`
-    of = WEIGHTS if base is None else CHANGES
+            entry |= {f"{kind}low": low if is_known else None, f"{kind}high": high if is_known else None}
+    norms = np.sqrt(whole["squares"][0])
+    shares = energy_shares(torch.from_numpy(norms)[:, None])  # those of vectors of these norms, whatever their length
     return Distances(
         source=source,
         layout=layout,
         base=base,
-        of=of,
+        of=WEIGHTS if base is None else CHANGES,
         experts=experts,
         density=density,
         num_parameters=len(sums),
@@ -263,7 +269,7 @@ def summarise(
         overall=overall,
         pairs=_of_pairs(whole, experts),
         energy_share={expert: _number(share) for expert, share in zip(experts, shares.tolist(), strict=True)},
-        norms={expert: _number(norm) for expert, norm in zip(experts, np.sqrt(squares).tolist(), strict=True)},
+        norms={expert: _number(norm) for expert, norm in zip(experts, norms.tolist(), strict=True)},
         by_component=_by(table, names, [_component(parameter) for parameter in sums]),
         by_layer={
             "" if layer is None else str(layer): metrics
@@ -282,7 +288,7 @@ def summarise(
             }
             for parameter, metrics in zip(sums, _metrics(table, names), strict=True)
         ],
-        notes=[*notes, *_edges([parameter.name for parameter in sums], table, overall, experts, of)],
+        notes=[*notes, *_edges(sums, table, overall)],
     )
 
 
@@ -301,15 +307,20 @@ def _find_layout(checkpoint: Checkpoint) -> Layout:
 
 
 def _metrics(table: Table, names: Sequence[str]) -> list[Metrics]:
-    """Make the metrics of every row, with their nulls and ratios."""
-    found, shuffled = values(table), nulls(table)
+    """Make the metrics of every row, with their nulls, ratios and how much of these is chance."""
+    found, shuffled, by_chance = values(table), nulls(table), chances(table)
     nothing = np.full(len(table["has"]), math.nan)
     rows: list[Metrics] = [{} for _ in nothing]
     for name in names:
         null = shuffled.get(name, nothing)
-        ratio = divide(found[name], null, otherwise=math.nan)
-        for row, *numbers in zip(rows, found[name].tolist(), null.tolist(), ratio.tolist(), strict=True):
-            row[name] = dict(zip(("value", "null", "ratio"), map(_number, numbers), strict=True))
+        columns = {
+            "value": found[name],
+            "null": null,
+            "ratio": divide(found[name], null, otherwise=math.nan),
+            "chance": by_chance.get(name, nothing),
+        }
+        for row, *numbers in zip(rows, *(column.tolist() for column in columns.values()), strict=True):
+            row[name] = dict(zip(columns, map(_number, numbers), strict=True))
     return rows
 
 
@@ -344,8 +355,8 @@ def _by_layer_component(
 def _of_pairs(whole: Table, experts: Sequence[str]) -> dict[str, dict[str, float | None]]:
     found = pair_values(whole)
     return {
-        f"{one}-{other}": {name: _number(float(numbers[0, position])) for name, numbers in found.items()}
-        for position, (one, other) in enumerate(itertools.combinations(experts, 2))
+        pair: {name: _number(float(numbers[0, position])) for name, numbers in found.items()}
+        for position, pair in enumerate(name_pairs(experts))
         if whole["has"][0, position]
     }
 
@@ -365,38 +376,29 @@ def _number(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _edges(names: Sequence[str], table: Table, overall: Metrics, experts: Sequence[str], of: str) -> list[str]:
-    """Say why numbers are None, or mean nothing."""
+def _edges(sums: Sequence[ParameterSums], table: Table, overall: Metrics) -> list[str]:
+    """Say why numbers are None, or mean little; what a change of zero does is said where it is measured."""
     notes = []
-    zero = [expert for expert, square in zip(experts, table["squares"].sum(0), strict=True) if not square]
-    if len(zero) == len(experts):
-        notes.append(f"the {of} of all experts are zero: there is nothing to tell apart")
-    elif zero:
-        notes.append(
-            f"the {of} of {' and '.join(zero)} are zero throughout: with the others cosine is 1, and norm_ratio "
-            "infinite (no value)"
-        )
-    infinite = [name for name, ratio in zip(names, values(table)["norm_ratio"], strict=True) if math.isinf(ratio)]
-    if infinite:
-        notes.append(f"norm_ratio is infinite (no value) in {_such(infinite)}, where the {of} of some experts are zero")
-    unmoved = {metric: null == 0 for metric, null in nulls(table).items() if (null == 0).any()}
-    if unmoved:
-        where = [name for name, is_zero in zip(names, zip(*unmoved.values(), strict=True), strict=True) if any(is_zero)]
-        notes.append(f"the null of {', '.join(unmoved)} is 0, so that there is no ratio, in {_such(where)}")
+    has_zero = [not parameter.products.diagonal().all() for parameter in sums]
+    without_ratio: dict[tuple[str, ...], list[str]] = {}
+    for metric, null in nulls(table).items():
+        rows = zip(sums, null == 0, has_zero, strict=True)
+        names = tuple(parameter.name for parameter, is_zero, is_known in rows if is_zero and not is_known)
+        without_ratio.setdefault(names, []).append(metric)
+    for names, metrics in without_ratio.items():
+        if names:
+            notes.append(f"the null of {', '.join(metrics)} is 0, so that there is no ratio, in {some_of(names)}")
     if ALIGNMENT in overall:
-        others = [name for name, has in zip(names, table["has_aligned"], strict=True) if not has.any()]
+        others = [parameter.name for parameter in sums if parameter.aligned is None]
         if others:
-            notes.append(f"{ALIGNMENT} is of matrices, and has no value in {_such(others)}")
-    if len(names) == 1:
-        notes.append("one parameter is compared, so that there is no interval")
-        return notes
+            notes.append(f"{ALIGNMENT} is of matrices, and has no value in {some_of(others)}")
+    if len(sums) == 1:
+        return [*notes, "one parameter is compared, so that there is no interval"]
+    if len(sums) < FEW:
+        notes.append(f"{len(sums)} parameters are compared: intervals hang on each of them, and say little")
     for name, entry in overall.items():
         if entry["value"] is None and name not in ("norm_ratio", ALIGNMENT):
             notes.append(f"{name} is too large for a number (no value)")
-        elif entry["value"] is not None and entry["low"] is None:
+        elif entry["value"] is not None and entry["low"] is None and not (name == "norm_ratio" and any(has_zero)):
             notes.append(f"{name} has no interval: some draws of parameters give no number")
     return notes
-
-
-def _such(names: Sequence[str]) -> str:
-    return f"{len(names)} parameter{'' if len(names) == 1 else 's'}, such as {names[0]}"

@@ -27,7 +27,8 @@ class ParameterSums:
             with any change, and the number of those, (subset, 2).
         truncated: the same of what is left of the changes where each keeps its largest elements only.
         null_opposite_signs, null_conflict, null_truncated: the same for experts whose coordinates were shuffled,
-            on a sample, times the number of coordinates over that of the sample.
+            on a sample, times the number of coordinates over that of the sample; the mean of several shuffles where
+            the sample is small.
         num_sampled: coordinates of the sample.
         aligned: for every expert the squared norm of its change within the directions of the merged change, and
             the whole, (expert, 2); None where it was not asked for, or the parameter is no matrix.

@@ -3,30 +3,64 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from modalmerge.distance.pieces import Array, Piece, Reader, integer_of, sizes_of, to_bits
 from modalmerge.distance.sums import Numbers, subsets
-from modalmerge.distance.thresholds import Cut, better_cut, likely_cut, size_between
+from modalmerge.distance.thresholds import (
+    Cut,
+    better_cut,
+    count_within,
+    cut_at,
+    edges_within,
+    likely_cut,
+    share_between,
+    size_between,
+)
 
 _STRIDE = 251  # one element in so many is put by for a second look; a prime, so that it does not follow rows
 _SPARSE_FROM = 2**14  # elements
+# Products that are added up in float32: of sums of random bfloat16 numbers so long the relative error was at most 2e-7,
+# always in one direction; of 2^18 at once up to 7e-6. OpenBLAS takes no threads of its own for so few.
+_ROW = 2**12
+_LEAST = 2.0**-103  # mean of squares in float32 from which on those that are below its normal range do not matter
+_NEAR = 4  # ratio of squared norms up to which a product is taken from the difference
+
+
+class Plan(NamedTuple):
+    """What a pass goes by.
+
+    Args:
+        cuts: of every expert.
+        edges: None to keep the elements that the cuts leave open. Where they are too many, sizes between those of each
+            cut, at which they are counted, so that the next pass has fewer.
+    """
+
+    cuts: list[Cut]
+    edges: list[Array] | None
 
 
 class Tally:
     """What one pass over the pieces of a parameter finds.
 
     Args:
-        num_experts: at least two.
+        plan: for at least two experts.
         num_kept: elements of every change that truncation keeps.
-        cuts: of every expert; None to leave truncation to a second pass.
+        most_open: bytes of open elements that are kept, at most; where there are more, another pass is needed.
     """
 
-    def __init__(self, num_experts: int, *, num_kept: int, cuts: Sequence[Cut] | None) -> None:
+    def __init__(self, plan: Plan, *, num_kept: int, most_open: int) -> None:
+        num_experts = len(plan.cuts)
         self._num_kept = num_kept
-        self._cuts = cuts
+        self._most_open = most_open
+        self._cuts, self._edges = plan
+        self._within = [np.zeros(len(own) - 1, dtype=np.int64) for own in plan.edges or ()]
+        self._is_full = False
+        self._open_bytes = 0
         self._subsets = subsets(num_experts)
         self._pairs = list(itertools.combinations(range(num_experts), 2))
         self._parts: dict[str, list[list[float]]] = {}
@@ -45,62 +79,65 @@ class Tally:
             Whether its sums of squares are finite; if not, the tally is of no use any more.
         """
         values, length = piece.values, len(piece.values[0])
-        squares = [float(torch.dot(value, value)) for value in values]
-        if not all(map(math.isfinite, squares)):
-            return False
+        squares = [sum_of_products(value, value) for value in values]
         rest = reader.array("rest", values[0].dtype, length)
         differences = []
         for i, j in self._pairs:
             torch.sub(values[i], values[j], out=rest)
-            differences.append(float(torch.dot(rest, rest)))
+            differences.append(sum_of_products(rest, rest))
+        if not all(map(math.isfinite, squares + differences)):
+            return False
         self._put("squares", squares)
         self._put("differences", differences)
+        self._put("products", self._products_of(values, squares, differences))
         self._dtypes = piece.dtype, values[0].dtype
         memory = [reader.array(f"size {m}", integer_of(piece.dtype), length).numpy() for m in range(len(values))]
         self._add_signs(piece.bits, sizes_of(piece.bits, memory))
         return True
 
     def settle(self) -> list[int] | None:
-        """Find the smallest size of every change that stays; None if a cut was wrong, so that it needs another pass."""
-        if self._cuts is None:
-            return None
+        """Find the smallest size of every change that stays; None if that needs another pass.
+
+        It does if a cut was wrong, or more was open than is kept.
+        """
         high, low = self._counts()
-        if not all(
+        if not self._keeps_open or not all(
             cut.is_right(h, n, num_kept=self._num_kept) for cut, h, n in zip(self._cuts, high, low, strict=True)
         ):
             return None
-        found = sizes_of(np.concatenate(self._open, axis=1))
+        self._open = [np.concatenate(self._open, axis=1)]
+        found = sizes_of(self._open[0])
         return [
             size_between(sizes, cut, num_missing=self._num_kept - h)
             for sizes, cut, h in zip(found, self._cuts, high, strict=True)
         ]
 
-    def better_cuts(self, *, share: float) -> list[Cut]:
-        """Choose cuts for another pass, from elements of all pieces that were put by and what this pass has proved.
+    def next_plan(self, *, share: float) -> Plan:
+        """Choose what another pass goes by, from elements of all pieces that were put by and what this pass has proved.
 
         Args:
             share: of the elements that stay.
         """
         infinity = to_bits(math.inf, self._dtypes[0])
         samples = [np.concatenate(own) for own in zip(*self._samples, strict=True)]
-        cuts = [likely_cut(sample, share=share, num_runs=1, infinity=infinity) for sample in samples]
-        if self._cuts is None:
-            return cuts
-        return [
-            better_cut(tried, cut, h, n, num_kept=self._num_kept, infinity=infinity)
-            for tried, cut, h, n in zip(self._cuts, cuts, *self._counts(), strict=True)
-        ]
+        cuts, num_open = [], 0.0
+        for m, (tried, sample, high, low) in enumerate(zip(self._cuts, samples, *self._counts(), strict=True)):
+            if self._edges is not None and tried.is_right(high, low, num_kept=self._num_kept):
+                cut, number = cut_at(self._edges[m], self._within[m], high, num_kept=self._num_kept)
+                num_open += number
+            else:
+                guess = likely_cut(sample, share=share, num_runs=1, infinity=infinity)
+                cut = better_cut(tried, guess, high, low, num_kept=self._num_kept, infinity=infinity)
+                num_open += share_between([sample], [cut]) * self._num_kept / share
+            cuts.append(cut)
+        fits = not self._is_full and num_open * self._bytes_open(1) <= self._most_open
+        return Plan(cuts, None if fits else [edges_within(cut, own) for cut, own in zip(cuts, samples, strict=True)])
 
     def products(self) -> Numbers:
-        """Give the products of every two changes.
-
-        They are taken from the differences: between experts that hardly differ, all that is known of the angle is in
-        these, and a sum of products of float32 numbers would round it away.
-        """
-        squares = self._total("squares")
-        products = np.diag(squares)
-        for (i, j), difference in zip(self._pairs, self._total("differences"), strict=True):
-            products[i, j] = products[j, i] = (squares[i] + squares[j] - difference) / 2
+        """Give the products of every two changes; the diagonal holds squared norms."""
+        products = np.diag(self._total("squares"))
+        for (i, j), product in zip(self._pairs, self._total("products"), strict=True):
+            products[i, j] = products[j, i] = product
         return products
 
     def squared_differences(self) -> Numbers:
@@ -122,7 +159,7 @@ class Tally:
             smallest: size of every change that stays, of `settle`.
         """
         cancelled, active = self._total("truncated"), self._total("truncated active")
-        bits = np.concatenate(self._open, axis=1)
+        (bits,) = self._open
         kept = [size >= least for size, least in zip(sizes_of(bits), smallest, strict=True)]
         active += [_num_any([kept[m] for m in members]) for members in self._subsets]
         indices = np.flatnonzero(_disagree(list(bits)))
@@ -130,16 +167,34 @@ class Tally:
         cancelled += self._cancelled([own.take(indices) for own in kept], values, self._shares(values))
         return np.stack([cancelled, active], axis=1)
 
+    def _products_of(
+        self, values: Sequence[Tensor], squares: Sequence[float], differences: Sequence[float]
+    ) -> list[float]:
+        """Sum the products of every pair.
+
+        Between experts that hardly differ all that is known of the angle is in their difference, and a sum of products
+        would round it away; between norms far apart it is the difference that rounds the product away.
+        """
+        products = []
+        for (i, j), difference in zip(self._pairs, differences, strict=True):
+            smaller, larger = sorted((squares[i], squares[j]))
+            if larger <= _NEAR * smaller:
+                products.append((squares[i] + squares[j] - difference) / 2)
+            else:
+                products.append(sum_of_products(values[i], values[j]) if smaller else 0.0)
+        return products
+
     def _add_signs(self, bits: Sequence[Array], sizes: Sequence[Array]) -> None:
         """Look at the coordinates where experts disagree in sign or truncation is open; the others cancel nothing."""
         phase = len(self._samples) * 37 % _STRIDE
         self._samples.append([size[phase::_STRIDE].copy() for size in sizes])
         chosen = _disagree(bits)
         kept: list[Array] = []
-        for size, cut in zip(sizes, self._cuts or (), strict=self._cuts is not None):
-            kept.append(size >= cut.stays)
-            if not cut.is_exact:
-                chosen |= (size >= cut.low) != kept[-1]
+        if self._keeps_open:
+            for size, cut in zip(sizes, self._cuts, strict=True):
+                kept.append(size >= cut.stays)
+                if not cut.is_exact:
+                    chosen |= (size >= cut.low) != kept[-1]
         indices = positions(chosen)
         few = [own.take(indices) for own in bits]
         few_sizes = sizes_of(few)
@@ -150,12 +205,29 @@ class Tally:
         self._put("active", [full if full and not x[0] else _num_any([sizes[m] for m in x]) for x in self._subsets])
         self._put("opposite", [_num_opposite(few, few_sizes, i, j) for i, j in self._pairs])
         self._put("cancelled", [_sum(share) for share in shares])
-        if self._cuts is not None:
-            self._add_truncated(self._cuts, sizes, kept, few, few_sizes, values, shares)
+        if self._keeps_open:
+            self._add_truncated(sizes, kept, few, few_sizes, values, shares)
+        else:
+            self._count_sizes(sizes)
+
+    @property
+    def _keeps_open(self) -> bool:
+        return self._edges is None and not self._is_full
+
+    def _bytes_open(self, num_coordinates: int) -> int:
+        return num_coordinates * len(self._cuts) * self._dtypes[0].itemsize
+
+    def _count_sizes(self, sizes: Sequence[Array]) -> None:
+        """Count the elements beyond the sizes of every cut, and those between its edges."""
+        high = [_num_any([size >= cut.high]) for size, cut in zip(sizes, self._cuts, strict=True)]
+        self._put("high", high)
+        self._put("low", [_num_any([size >= cut.low]) for size, cut in zip(sizes, self._cuts, strict=True)])
+        if self._edges is not None:
+            for size, edges, counts in zip(sizes, self._edges, self._within, strict=True):
+                counts += count_within(size.take(positions((size >= edges[0]) & (size < edges[-1]))), edges)
 
     def _add_truncated(
         self,
-        cuts: Sequence[Cut],
         sizes: Sequence[Array],
         kept: Sequence[Array],
         few: Sequence[Array],
@@ -164,6 +236,7 @@ class Tally:
         shares: Sequence[Array],
     ) -> None:
         """Add what truncation surely leaves, put by what is open. `few` and what follows are of chosen coordinates."""
+        cuts = self._cuts
         few_kept = [size >= cut.stays for size, cut in zip(few_sizes, cuts, strict=True)]
         between = [(size >= cut.low) != own for size, own, cut in zip(few_sizes, few_kept, cuts, strict=True)]
         num_kept = [_num_any([own]) for own in kept]
@@ -175,6 +248,10 @@ class Tally:
         self._put("low", [n + _num_any([own]) for n, own in zip(num_kept, between, strict=True)])
         is_open = _any(between)
         where = np.flatnonzero(is_open)
+        self._open_bytes += self._bytes_open(len(where))
+        if self._open_bytes > self._most_open:
+            self._is_full, self._open = True, []
+            return
         self._open.append(np.stack([own.take(where) for own in few]))
         is_settled = ~is_open
         self._put("truncated", self._cancelled([own & is_settled for own in few_kept], values, shares))
@@ -219,7 +296,19 @@ class Tally:
         return np.array([math.fsum(column) for column in zip(*self._parts[what], strict=True)])
 
 
-def conflict(values: Sequence[Array]) -> Numbers:
+def sum_of_products(one: Tensor, two: Tensor) -> float:
+    """Sum the products of two vectors, in their dtype over short stretches, and in float64 over those.
+
+    Where products of float32 numbers may be too small for it, they are computed in float64.
+    """
+    total = _dot(one.numpy(), two.numpy())
+    # `any` of numpy, since that of torch took five times as long
+    if one.dtype == torch.float32 and abs(total) < _LEAST * len(one) and one.numpy().any():
+        return _dot(one.double().numpy(), two.double().numpy())
+    return total
+
+
+def conflict_of_subsets(values: Sequence[Array]) -> Numbers:
     """Sum what is cancelled, and count the coordinates with any change, for every subset of experts."""
     chosen = [[values[m] for m in members] for members in subsets(len(values))]
     counts = [_num_any([value != 0 for value in some]) for some in chosen]
@@ -237,7 +326,7 @@ def shares_cancelled(values: Sequence[Array]) -> Array:
     return np.divide(total, size, out=total)
 
 
-def opposite_signs(one: Array, two: Array) -> int:
+def count_opposite(one: Array, two: Array) -> int:
     """Count the coordinates in which one number is above zero and the other below."""
     return int(np.count_nonzero((one > 0) & (two < 0)) + np.count_nonzero((one < 0) & (two > 0)))
 
@@ -254,6 +343,13 @@ def positions(mask: Array) -> Array:
     in_either = np.flatnonzero(mask[:half] | mask[half:])
     candidates = np.concatenate([in_either, in_either + half])
     return candidates.take(np.flatnonzero(mask.take(candidates)))
+
+
+def _dot(one: Array, two: Array) -> float:
+    end = len(one) // _ROW * _ROW
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks
+        rows = np.vecdot(one[:end].reshape(-1, _ROW), two[:end].reshape(-1, _ROW))
+        return float(rows.sum(dtype=np.float64) + np.dot(one[end:], two[end:]))
 
 
 def _num_opposite(bits: Sequence[Array], sizes: Sequence[Array], i: int, j: int) -> int:

@@ -1,7 +1,8 @@
 """Find exactly which elements of a change are its largest, without sorting it.
 
 A sample says between which two sizes the smallest that stays must lie. A pass over all elements counts those beyond
-either, which proves or refutes it, and only those between, a few percent, have to be looked at again. Sizes are
+either, which proves or refutes it, and only those between, a few percent, have to be looked at again. Where these are
+too many to keep, as of equal sizes, a pass counts them between edges, which leaves few, or those of one size. Sizes are
 compared as integers, the bits of a float without its sign: their order is the same, and two neighbours differ by one.
 """
 
@@ -15,6 +16,8 @@ from modalmerge.distance.pieces import Array
 
 _DEVIATIONS = 3  # by which a quantile of a sample may be off
 _FEW = 32  # elements by which it may be off besides: small samples are not normal
+_EDGES = 2**15  # between which is counted: for sizes of 16 bits each of them
+_SINGLED = 2**10  # sizes of a sample, at most, that are counted by themselves
 
 
 class Cut(NamedTuple):
@@ -69,9 +72,7 @@ def likely_cut(sample: Array, *, share: float, num_runs: int, infinity: int) -> 
             matrix differ in scale, so that their number says more than that of the elements.
         infinity: the bits of infinity, which no size reaches.
     """
-    ordered = np.sort(sample.astype(np.int64 if sample.itemsize == 8 else np.int32))[
-        ::-1
-    ]  # int16 took 10 times as long
+    ordered = np.flip(np.sort(_sortable(sample)))
     length = len(ordered)
     middle = share * length
     quantile = ordered[min(length - 1, int(middle))]
@@ -101,6 +102,40 @@ def better_cut(tried: Cut, other: Cut, num_high: int, num_low: int, *, num_kept:
     proved = Cut(tried.high, infinity) if num_high >= num_kept else Cut(1, tried.low)
     common = Cut(max(proved.low, other.low), min(proved.high, other.high))
     return common if common.low < common.high else proved
+
+
+def edges_within(cut: Cut, sample: Array) -> Array:
+    """Choose sizes to count between: of those of a cut every single one, or so many that few elements share two edges.
+
+    Args:
+        cut: its sizes are the first edge and the last.
+        sample: sizes from all over the parameter. Each that is frequent is between two edges with no other.
+    """
+    even = np.arange(cut.low, cut.high, max(1, (cut.high - cut.low) // _EDGES), dtype=sample.dtype)
+    inside = np.sort(_sortable(sample[(sample >= cut.low) & (sample < cut.high)])).astype(sample.dtype)
+    singled = inside[:: 1 + len(inside) // _SINGLED]
+    return np.unique(np.concatenate([even, singled, singled + 1, np.array([cut.high], dtype=sample.dtype)]))
+
+
+def count_within(sizes: Array, edges: Array) -> Array:
+    """Count the sizes from each edge to the next, for sizes from the first edge up to, but not including, the last."""
+    return np.bincount(np.searchsorted(edges, sizes, side="right") - 1, minlength=len(edges) - 1)
+
+
+def cut_at(edges: Array, counts: Array, num_high: int, *, num_kept: int) -> tuple[Cut, int]:
+    """Find the two edges between which the smallest size that stays lies, and how many elements that leaves open.
+
+    Args:
+        edges: within a cut that is right.
+        counts: of all elements, from each edge to the next.
+        num_high, num_kept: as in `Cut.is_right`.
+    """
+    from_above = num_high + np.cumsum(counts[::-1])
+    place = len(counts) - 1 - int(np.searchsorted(from_above, num_kept))
+    if place < 0:  # all that is not zero stays
+        return Cut(1, 2), 0
+    cut = Cut(int(edges[place]), int(edges[place + 1]))
+    return cut, 0 if cut.is_exact else int(counts[place])
 
 
 def size_between(sizes: Array, cut: Cut, *, num_missing: int) -> int:

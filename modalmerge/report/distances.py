@@ -1,24 +1,24 @@
 """Write the distances between experts as one HTML page, for `modalmerge distance --html`."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from modalmerge import __version__
 from modalmerge.report.document import document
-from modalmerge.report.heat import (
-    ALL,
+from modalmerge.report.heat import ALL, Grid, heat_map, locate, name_component, name_layer, name_place, read_grid
+from modalmerge.report.metrics import (
+    LEADING,
     METRICS,
+    READING,
     UNRELATED,
+    Content,
     Entry,
-    Grid,
+    badness,
+    conclude,
     format_ratio,
-    heat_map,
-    locate,
-    name_component,
-    name_layer,
-    name_place,
-    read_grid,
+    format_span,
+    may_be_chance,
+    side,
 )
 from modalmerge.report.parts import Parts, escape, html_table
 from modalmerge.report.style import HEAT
@@ -26,11 +26,8 @@ from modalmerge.report.text import format_count
 
 WORST_LAYERS = 3
 WORST_PARAMETERS = 20
-WORST_BY = "tssd"
-NEAR = 0.05  # of a ratio to 1
 RATIOS = tuple(name for name, metric in METRICS.items() if metric.by_ratio)
-
-Content = Mapping[str, Any]
+_ORDER = f"by the ratio of {METRICS[LEADING].title} to its null, less what chance gives in so few coordinates"
 
 
 def distance_page(content: Content, *, command: str) -> str:
@@ -77,12 +74,12 @@ def _overall(content: Content) -> str:
     lines = []
     for name, entry in content["overall"].items():
         metric = METRICS[name]
-        bounds = "–"
-        if entry.get("low") is not None and entry.get("high") is not None:
-            bounds = f"{metric.format(entry['low'])} to {metric.format(entry['high'])}"
-        null = metric.format(entry["null"]) if metric.by_ratio else ""
-        ratio = format_ratio(entry["ratio"]) if metric.by_ratio else ""
-        numbers = (f"<b>{metric.format(entry['value'])}</b>", bounds, null, ratio and f"<b>{ratio}</b>")
+        bounds = format_span(entry, "low", "high", metric.format) or "–"
+        null, ratio = "", ""
+        if metric.by_ratio:
+            null, ratio = metric.format(entry["null"]), f"<span><b>{format_ratio(entry['ratio'])}</b>"
+            ratio += f'<span class="small">{format_span(entry, "ratio_low", "ratio_high", format_ratio)}</span></span>'
+        numbers = (f"<b>{metric.format(entry['value'])}</b>", bounds, null, ratio)
         cells = "".join(
             f'<td class="number{"" if text else " none"}" data-title="{title}">{text}</td>'
             for title, text in zip(titles[1:], numbers, strict=True)
@@ -98,8 +95,8 @@ def _overall(content: Content) -> str:
         f"Over all parameters, every element counting once; of more than two experts the mean over pairs, but SSD and "
         f"TSSD of all together and the largest norm ratio. Null: the same for experts whose coordinates were shuffled, "
         f"on a sample of {null['num_coordinates']:,} coordinates (at most {null['sample_per_parameter']:,} of each "
-        f"parameter, random seed {null['random_seed']}). Interval: of the value, from {interval['resamples']:,} "
-        f"resamples of the {interval['over']}."
+        f"parameter, random seed {null['random_seed']}). Intervals: of the value and, below it, of the ratio, from "
+        f"{interval['resamples']:,} resamples of the {interval['over']}."
     )
     return (
         f'<section><h2>Over everything</h2>{_lead(content)}<table class="overall"><thead><tr>{head}'
@@ -128,30 +125,8 @@ def _gradient(name: str) -> str:
 
 
 def _lead(content: Content) -> str:
-    entry = content["overall"][WORST_BY]
-    if entry["ratio"] is None:
-        return ""
-    said = {
-        -1: f"the experts’ {content['of']} agree more than unrelated ones would",
-        0: f"the experts’ {content['of']} differ about as unrelated ones would",
-        1: f"the experts’ {content['of']} oppose each other more than unrelated ones would",
-    }[_against_null(entry, content)]
-    title = METRICS[WORST_BY].title
-    return (
-        f"<p>By {title}, <strong>{said}</strong>: it is {format_ratio(entry['ratio'])} of what unrelated ones give.</p>"
-    )
-
-
-def _against_null(entry: Entry, content: Content) -> int:
-    """Say on which side of its null a value lies: 0 where it is near, or its interval holds the null."""
-    ratio, null, low, high = (entry.get(key) for key in ("ratio", "null", "low", "high"))
-    assert ratio is not None and null is not None
-    # chance alone moves the ratio of TSSD of two unrelated Gaussian experts by 3.7 over the root of how many
-    # coordinates there are (one standard deviation, measured)
-    chance = 10 / math.sqrt(content["null"]["num_coordinates"])
-    if abs(ratio - 1) < max(NEAR, chance) or (low is not None and high is not None and low <= null <= high):
-        return 0
-    return 1 if ratio > 1 else -1
+    said, directions = map(escape, conclude(content))
+    return f"<p><strong>{said}</strong>{directions and f'; {directions}'}.</p>" if said else ""
 
 
 def _read(name: str, entry: Entry, content: Content) -> str:
@@ -160,7 +135,7 @@ def _read(name: str, entry: Entry, content: Content) -> str:
     if value is None:
         return "No value: see the notes."
     if name in RATIOS and null is not None:
-        share, unrelated = _percent(value, 1), _percent(null, 1)
+        share, shuffled = _percent(value, 1), _percent(null, 1)
         kept = _percent(content["density"])
         measured = {
             "sign_conflict": f"Opposite signs in {share} of the coordinates",
@@ -169,8 +144,8 @@ def _read(name: str, entry: Entry, content: Content) -> str:
         }[name]
         if entry["ratio"] is None:
             return f"{measured}; shuffled experts do not differ either."
-        side = {-1: "less than for", 0: "about as for", 1: "more than for"}
-        return f"{measured}; {side[_against_null(entry, content)]} unrelated ones ({unrelated})."
+        compared = {-1: "less than for", 0: "about as for", 1: "more than for"}[side(entry)]
+        return f"{measured}; {compared} shuffled experts ({shuffled})."
     if name == "relative_l2":
         return f"{_percent(value / UNRELATED)} of what unrelated {changes} of equal norm give."
     if name == "cosine":
@@ -220,16 +195,18 @@ def _heat_maps(content: Content, grid: Grid, parts: Parts) -> str:
 
 def _worst_layers(grid: Grid) -> str:
     found = [
-        (entry["ratio"], place)
+        (place, square.metrics)
         for place, square in grid.squares.items()
-        if ALL not in place and (entry := square.metrics[WORST_BY])["ratio"] is not None
+        if ALL not in place and square.metrics[LEADING]["ratio"] is not None
     ]
     if len(found) <= 1:
         return ""
-    found.sort(key=lambda pair: pair[0] or 0.0, reverse=True)
-    named = "; ".join(f"{name_place(place, grid)} ({format_ratio(ratio)})" for ratio, place in found[:WORST_LAYERS])
-    title = METRICS[WORST_BY].title
-    return f"<p>Furthest apart by the ratio of {title} to its null: <strong>{escape(named)}</strong>.</p>"
+    found.sort(key=lambda pair: badness(pair[1]), reverse=True)
+    named = "; ".join(
+        f"{name_place(place, grid)} ({format_ratio(entry['ratio'])}{', may be chance' * may_be_chance(entry)})"
+        for place, entry in ((place, metrics[LEADING]) for place, metrics in found[:WORST_LAYERS])
+    )
+    return f"<p>Furthest apart {_ORDER}: <strong>{escape(named)}</strong>.</p>"
 
 
 def _grid_table(content: Content, grid: Grid) -> str:
@@ -255,6 +232,8 @@ def _entry_cell(name: str, entry: Entry) -> str:
     text = METRICS[name].format(entry["value"])
     if entry["ratio"] is not None:
         text += f'<span class="small">{format_ratio(entry["ratio"])} × null</span>'
+    if may_be_chance(entry):
+        text += '<span class="small">may be chance</span>'
     return text
 
 
@@ -286,7 +265,7 @@ def _pairs(content: Content) -> str:
 
 
 def _worst_parameters(content: Content) -> str:
-    worst = sorted(content["parameters"], key=_badness, reverse=True)[:WORST_PARAMETERS]
+    worst = sorted(content["parameters"], key=lambda row: badness(row["metrics"]), reverse=True)[:WORST_PARAMETERS]
     names = list(content["overall"])
     lines = [
         [
@@ -299,16 +278,9 @@ def _worst_parameters(content: Content) -> str:
     head = ["Parameter", "Elements", *(METRICS[name].title for name in names)]
     count = f"{len(worst)} of {len(content['parameters']):,} parameters" if len(worst) > 1 else "One parameter"
     return (
-        f'<section class="parameters"><h2>The parameters furthest apart</h2><p>{count}, by the ratio of '
-        f"{METRICS[WORST_BY].title} to its null; <code>--json</code> gives all.</p>{html_table(head, lines)}</section>"
+        f'<section class="parameters"><h2>The parameters furthest apart</h2><p>{count}, {_ORDER}; '
+        f"<code>--json</code> gives all.</p>{html_table(head, lines)}</section>"
     )
-
-
-def _badness(parameter: Content) -> tuple[float, float]:
-    """Order parameters by their ratio, then by their value; those without come last."""
-    entry = parameter["metrics"][WORST_BY]
-    ratio, value = (-math.inf if entry[key] is None else entry[key] for key in ("ratio", "value"))
-    return ratio, value
 
 
 def _parameter_name(parameter: Content, experts: Sequence[str]) -> str:
@@ -334,12 +306,10 @@ def _reading(content: Content) -> str:
         "alike; with <code>--base</code> only what training changed is compared."
     )
     return (
-        "<section><h2>How to read this</h2><p>A ratio of 1 means that signs meet as by chance: as if the experts had "
-        "nothing to do with each other. Below 1 they agree more, and adding them keeps more of each; above 1 they "
-        f"pull against each other.{weights}</p><p>There is no value from which on merging works or fails. Distances "
-        "are of weights, not of what a model does: experts may do the same with units in another order, and a small "
-        "difference in the wrong place may cost much. Only evaluating the merged model tells what it kept.</p>"
-        "</section>"
+        f"<section><h2>How to read this</h2><p>{escape(READING)}{weights}</p><p>There is no value from which on "
+        "merging works or fails. Distances are of weights, not of what a model does: experts may do the same with "
+        "units in another order, and a small difference in the wrong place may cost much. Only evaluating the merged "
+        "model tells what it kept.</p></section>"
     )
 
 

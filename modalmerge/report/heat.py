@@ -1,121 +1,19 @@
-"""Draw distances by layer and component: one heat map per metric, and what each metric's colours mean."""
+"""Draw distances by layer and component: one heat map per metric."""
 
 import dataclasses
-import functools
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from modalmerge.report.charts import Figure, chart_text, new_figure
+from modalmerge.report.metrics import METRICS, Entry, format_ratio
 from modalmerge.report.text import format_count
 
-Entry = Mapping[str, float | None]  # value, null and ratio; over everything also low and high
 Place = tuple[int | str | None, str]  # layer, component; a line or column over all of them has the key ALL
 
 ALL = "all"
 COMPONENTS = ("attention", "ffn", "norms", "layer", "")
-AGREEMENT = ("--alike", "--unrelated", "--opposed")
-AMOUNT = ("--little", "--much")
-UNRELATED = math.sqrt(2)  # relative L2 of unrelated changes of equal norm
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How a metric is shown.
-
-    Args:
-        title: its name for people.
-        about: what it measures, after the title; `{changes}` stands for what is compared.
-        scale: what the colours from the least to the most stand for, at equal distances.
-        position: from the number that is coloured to its place on the scale, 0 to 1 or more; None where the largest
-            number of the page is the most.
-        by_ratio: the number that is coloured is the ratio to the null, not the value.
-        digits: after the point; None where values have no common size.
-    """
-
-    title: str
-    about: str
-    scale: tuple[str, ...]
-    position: Callable[[float], float] | None
-    by_ratio: bool = False
-    digits: int | None = 3
-
-    @property
-    def colours(self) -> tuple[str, ...]:
-        """Variables of the style sheet, from the least to the most."""
-        return AGREEMENT if len(self.scale) == len(AGREEMENT) else AMOUNT
-
-    def coloured(self, entry: Entry) -> float | None:
-        """Pick the number that is coloured."""
-        return entry["ratio" if self.by_ratio else "value"]
-
-    def format(self, value: float | None) -> str:
-        """Write a value, or a dash where there is none."""
-        if value is None:
-            return "–"
-        if self.digits is None or abs(value) >= 100:
-            return f"{value:,.0f}" if 100 <= abs(value) < 1e7 else f"{value:#.3g}"
-        return f"{round(value, self.digits) + 0.0:.{self.digits}f}"  # + 0.0: never "-0.000"
-
-
-def _around(number: float, *, middle: float) -> float:
-    """Place a number between 0 and 2, with `middle` in the middle."""
-    return number / middle / 2 if number <= middle else 0.5 + (number - middle) / (2 - middle) / 2
-
-
-def _doublings(number: float) -> float:
-    return math.log2(max(number, 1)) / 3
-
-
-_RATIO: dict[str, Any] = {
-    "scale": ("0 × null", "1 ×: as unrelated", "2 × or more"),
-    "position": functools.partial(_around, middle=1),
-    "by_ratio": True,
-}
-METRICS: Mapping[str, Metric] = {
-    "l2": Metric(
-        title="L2",
-        about="norm of the difference of two experts’ {changes}",
-        scale=("0", "the largest here"),
-        position=None,
-        digits=None,
-    ),
-    "relative_l2": Metric(
-        title="Relative L2",
-        about="L2 over the mean norm of the two",
-        scale=("0: alike", "1.41: unrelated", "2: opposite"),
-        position=functools.partial(_around, middle=UNRELATED),
-    ),
-    "cosine": Metric(
-        title="Cosine distance",
-        about="1 − cosine of the angle between two experts’ {changes}",
-        scale=("0: one direction", "1: right angles", "2: opposite"),
-        position=functools.partial(_around, middle=1),
-    ),
-    "sign_conflict": Metric(
-        title="Sign conflict", about="share of coordinates in which two experts have opposite signs", **_RATIO
-    ),
-    "ssd": Metric(
-        title="SSD", about="share of the {changes} that cancels when they are added, mean over coordinates", **_RATIO
-    ),
-    "tssd": Metric(
-        title="TSSD", about="SSD of the largest {kept} of each expert’s {changes}, the rest set to zero", **_RATIO
-    ),
-    "norm_ratio": Metric(
-        title="Norm ratio",
-        about="largest norm of an expert’s {changes} over the smallest",
-        scale=("1: equal", "8 or more"),
-        position=_doublings,
-        digits=2,
-    ),
-    "subspace_alignment": Metric(
-        title="Subspace alignment",
-        about="share of an expert’s {changes} within the directions of the merged ones",
-        scale=("0: none of it", "1: all of it"),
-        position=lambda number: number,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,7 +197,8 @@ def _hover(name: str, grid: Grid, place: Place) -> str:
     entry = square.metrics[name]
     lines.append(f"{metric.title} {metric.format(entry['value'])}")
     if entry["null"] is not None:
-        lines.append(f"null {metric.format(entry['null'])}, ratio {format_ratio(entry['ratio'])}")
+        chance = "" if entry["chance"] is None else f" (by chance ± {format_ratio(entry['chance'])})"
+        lines.append(f"null {metric.format(entry['null'])}, ratio {format_ratio(entry['ratio'])}{chance}")
     lines.append(f"{square.num_parameters:,} parameters, {format_count(square.num_elements)} elements")
     lines += map(chart_text, textwrap.wrap(f"experts {', '.join(square.experts)}", 48))
     return "<br>".join(lines)
@@ -314,8 +213,3 @@ def name_place(place: Place, grid: Grid) -> str:
     if grid.components == ("",):
         return where
     return f"{where}, {'all components' if component == ALL else name_component(component, grid)}"
-
-
-def format_ratio(ratio: float | None) -> str:
-    """Write a ratio to the null, or a dash where the null is 0."""
-    return "–" if ratio is None else f"{ratio:.2f}"
