@@ -3,6 +3,7 @@ import io
 import json
 import math
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from rich.console import Console
 from modalmerge.outcomes import points
 from modalmerge.report import markdown, summarise, table, write_report
 from modalmerge.report.numbers import t_quantile
-from modalmerge.report.outcomes import relate, tell
+from modalmerge.report.outcomes import relate, tell, title_of
 from modalmerge.report.summary import retrieval_chance
 from modalmerge.report.text import compared_rows, difference_note, tell_differences
 
@@ -381,19 +382,32 @@ def test_missing_expert_sets_are_named():
 
 
 def test_a_sentence_says_what_the_distances_tell():
-    relation, of_weights = relate(points(few_set_cells()))
+    relation, of_weights = relate(points(expert_set_cells([0])))
     assert (relation.of, of_weights.of) == ("changes", "weights")
     text = tell(relation)
     assert text.startswith(
-        "Across all 24 expert sets (12 configurations) the interval of Spearman’s correlation between"
+        "Across all 24 expert sets (24 configurations) the interval of Spearman’s correlation between"
     )
-    told = [item for item in relation.correlations if item.scope == "across" and item.spearman.is_told_from_zero]
-    assert f"leaves 0 out for {len(told)} of 10 distances: TSSD (+0.9" in text
+    for scope, name in (
+        ("across", "between distance and drop leaves 0 out"),
+        ("averaged", "within architectures, averaged,"),
+        ("within seed fraction", "within seed fractions, averaged,"),
+    ):
+        told = [item for item in relation.correlations if item.scope == scope and item.spearman.is_told_from_zero]
+        strongest = max(told, key=lambda item: abs(item.spearman.value))
+        named = f"{title_of(strongest.metric)} ({strongest.spearman.value:+.2f})"
+        assert re.search(rf"{name} .*?for {len(told)} of 10 distances: {re.escape(named)}", text)
     errors = relation.predictor.configurations
-    assert text.endswith(
-        f"; from TSSD the drop of a configuration left out is missed by {errors.error:.1f} points on average (by the "
-        f"mean of the others: {errors.error_of_mean:.1f})."
-    )
+    assert errors.mean.is_beaten
+    assert (
+        f"; from TSSD (chosen in {errors.metrics.count('tssd')} of 24 folds) the drop of a configuration left out is "
+        f"missed by {errors.error:.1f} points on average (by the mean of the others: {errors.mean.error:.1f}; by the "
+        f"seed fraction alone: {errors.seed_fraction.error:.1f}; {relation.predictor.against_seed_fraction}). "
+    ) in text
+    assert text.endswith(relation.predictor.verdict)
+
+
+def test_a_sentence_says_that_nothing_is_told():
     random.seed(0)
     drops = [random.random() for _ in points(few_set_cells())]
     noise = [
@@ -401,14 +415,21 @@ def test_a_sentence_says_what_the_distances_tell():
         for point, drop in zip(points(few_set_cells()), drops, strict=True)
     ]
     (relation,) = relate(noise)
-    assert "leaves 0 out for none of 1 distances; within architectures, averaged, for none of 1 distances" in (
+    text = tell(relation)
+    assert "leaves 0 out for none of 1 distances; within architectures, averaged, for none of 1 distances (an" in text
+    # 4 fractions in each architecture, 3 architectures at each fraction
+    for scope, count in (("architectures", 4), ("seed fractions", 3)):
+        reason = f"an interval takes at least 6 configurations, not {count}"
+        assert f"; within {scope}, averaged, for none of 1 distances ({reason})" in text
+    assert "; no distance predicts the drop of a configuration left out better than chance explains" in text
+    assert text.endswith(f"by the seed fraction alone: {relation.predictor.configurations.seed_fraction.error:.1f}).")
+    (relation,) = relate([point for point in noise if point.architecture == "ffn"])
+    assert "leaves 0 out for none of 1 distances (an interval takes at least 6 configurations, not 4); within seed" in (
         tell(relation)
     )
-    assert "; no distance predicts the drop of a configuration left out better than chance explains" in tell(relation)
-    (relation,) = relate([point for point in noise if point.architecture == "ffn"])
     assert tell(relation).endswith(
-        "none of 1 distances; nothing is predicted: 4 configurations of expert sets are too few to predict from; it "
-        "takes at least 8."
+        "(2 expert sets are too few; it takes at least 4); nothing is predicted: 4 configurations of "
+        "expert sets are too few to predict from; it takes at least 8."
     )
 
 
@@ -425,13 +446,29 @@ def test_markdown_has_the_table_and_the_sentence(tmp_path):
         f"| TSSD | ρ {spearman.value:+.2f} ({spearman.low:+.2f} to {spearman.high:+.2f}), "
         f"τ {kendall.value:+.2f} ({kendall.low:+.2f} to {kendall.high:+.2f}) |"
     ) in text
-    assert "| Distance | Across | Within, averaged | Within attention | Within ffn | Within specific |" in text
+    titles = "Across | Within, averaged | Within seed fractions | Within attention | Within ffn | Within specific"
+    assert f"| Distance | {titles} |" in text
     assert "Left out, since one of their two results is missing: ffn-0-1, random seed 0." in text
     errors = relation.predictor.configurations
-    line = f"| changes | a configuration | TSSD | {errors.error:.1f} | {errors.error_of_mean:.1f} | yes |"
-    assert line in text
+    assert (
+        f"| changes | configuration | TSSD ({errors.chosen('tssd')}) | {errors.error:.1f} | "
+        f"{errors.mean.error:.1f} | yes | "
+        f"{errors.seed_fraction.error:.1f} | {'yes' if errors.seed_fraction.is_beaten else 'cannot be told'} |"
+    ) in text
+    errors = relation.predictor.architectures
+    assert f"| {errors.error:.1f} | {errors.mean.error:.1f} | cannot be told |" in text
+    assert "Not told everywhere: an interval takes at least 6 architectures, not 3." in text
     write_report(write_run(tmp_path / "plain", study_cells(), jobs=False), tmp_path / "plain.md")
     assert "Distance and outcome" not in (tmp_path / "plain.md").read_text()
+
+
+def test_what_has_no_part_in_a_mean_is_named(tmp_path):
+    lone = [cell for cell in few_set_cells() if cell.settings["expert_set"] in ("ffn-0-1", "ffn-0.5-1")][:3]
+    others = [cell for cell in few_set_cells() if cell.settings["architecture"] != "ffn"]
+    cells = [*others, *lone]
+    write_report(write_run(tmp_path / "run", cells, jobs=False), tmp_path / "study.md")
+    text = (tmp_path / "study.md").read_text()
+    assert "Without a part in a mean: ffn: 1 expert sets are too few; it takes at least 4" in text
 
 
 def test_importing_the_report_loads_neither_torch_nor_plotly():
@@ -445,4 +482,4 @@ def test_importing_the_report_loads_neither_torch_nor_plotly():
     )
     loaded = set(done.stdout.split())
     assert "modalmerge.report.page" in loaded
-    assert not loaded & {"torch", "plotly", "scipy", "transformers"}
+    assert not loaded & {"torch", "plotly", "numpy", "scipy", "transformers"}

@@ -236,11 +236,28 @@ def test_numbers_of_expert_sets_lead_to_their_cells(tmp_path):
     links = re.findall(r'data-cells="([\d ]+)" title="([^"]*)">([^<]*)</a>', text)
     by_drop = {shown: positions for positions, _, shown in links}
     assert [ids[int(place)] for place in by_drop[f"{chosen.drop:.1f}"].split()] == list(chosen.cells)
-    across = [positions for positions, title, _ in links if title == "24 expert sets, 12 configurations"]
-    assert len(across) == 40, "across and averaged, of ten distances of two kinds"
+    about = "24 expert sets, 12 configurations"
+    across = [positions for positions, title, _ in links if title == about]
+    assert len(across) == 20, "of ten distances of two kinds"
+    for count in (4, 3):  # in each architecture, and at each seed fraction
+        title = f"{about}; an interval takes at least 6 configurations, not {count}"
+        assert len([positions for positions, found, _ in links if found == title]) == 20
     assert {ids[int(place)] for place in across[0].split()} == {
         x for point in points(few_set_cells()) for x in point.cells
     }
+
+
+def test_what_has_no_part_in_a_mean_is_not_shown_as_its_cells(tmp_path):
+    others = [cell for cell in few_set_cells() if cell.settings["architecture"] != "ffn"]
+    lone = [cell for cell in few_set_cells() if cell.settings["expert_set"] == "ffn-0-1"]
+    text = page(read_run(write_run(tmp_path / "run", [*others, *lone], jobs=False)))
+    ids = re.findall(r'<td class="id"><code>(.*?)</code>', text)
+    reason = "ffn: 2 expert sets are too few; it takes at least 4"
+    assert f"Without a part in a mean: {reason}" in Reader(text).text
+    links = re.findall(r'data-cells="([\d ]+)" title="([^"]*)">', text)
+    averaged = [positions for positions, title in links if title.endswith(f"without {reason}")]
+    assert len(averaged) == 20
+    assert {ids[int(place)] for place in averaged[0].split()} == {x for point in points(others) for x in point.cells}
 
 
 def test_open_symbols_are_the_smaller_rate_factors():

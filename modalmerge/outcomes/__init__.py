@@ -2,10 +2,13 @@
 
 One expert set of one random seed is one point, merged at the coefficient that validation chose: distances do not depend
 on the coefficient, so that further coefficients would repeat the point and narrow the intervals for nothing.
+
+What takes numpy is loaded on first use.
 """
 
-from modalmerge.outcomes.prediction import LeftOut, Prediction, Predictor, fit_predictor, predict
-from modalmerge.outcomes.ranks import Correlation, Estimate, correlations
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from modalmerge.outcomes.sets import (
     KINDS,
     METRICS,
@@ -18,13 +21,19 @@ from modalmerge.outcomes.sets import (
     unpaired,
 )
 
+if TYPE_CHECKING:
+    from modalmerge.outcomes.prediction import Baseline, LeftOut, Outside, Prediction, Predictor, fit_predictor, predict
+    from modalmerge.outcomes.ranks import Correlation, Estimate, correlations
+
 __all__ = [
     "KINDS",
     "METRICS",
     "SET_SETTING",
+    "Baseline",
     "Correlation",
     "Estimate",
     "LeftOut",
+    "Outside",
     "Point",
     "Prediction",
     "Predictor",
@@ -37,3 +46,12 @@ __all__ = [
     "predict",
     "unpaired",
 ]
+
+_RANKS = ("Correlation", "Estimate", "correlations")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'modalmerge.outcomes' has no attribute {name!r}; known: {', '.join(__all__)}")
+    home = "ranks" if name in _RANKS else "prediction"
+    return getattr(importlib.import_module(f"modalmerge.outcomes.{home}"), name)

@@ -1,19 +1,47 @@
 """Predict what merging costs from one distance, with the error on what took no part in the fit."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from modalmerge.outcomes.ranks import LEAST_CONFIGURATIONS, LEVEL, codes_of, resamples
+from modalmerge.outcomes.ranks import LEAST_CONFIGURATIONS, Estimate, codes_of, estimate, resamples
 from modalmerge.outcomes.sets import METRICS, Point, check_kind, measured_kinds, measured_metrics, points
 from modalmerge.records import Cell
 
 NO_PREDICTORS = ("l2",)  # grows with the size of the model, and with it the predicted drop would
 LEAST_FITTED = 8  # configurations
-PREDICTION_LEVEL = 0.9
+PREDICTION_LEVEL = 0.9  # 0.95 of fewer than 39 residuals is the largest of them, so that one point would decide
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What drops are predicted by without any distance.
+
+    Args:
+        error: mean absolute error, in points, on what was left out.
+        gain: by how much the predictor's error is smaller, resampled over what is left out.
+    """
+
+    error: float
+    gain: Estimate
+
+    @property
+    def is_beaten(self) -> bool:
+        """Whether the predictor's error is smaller by more than chance explains.
+
+        On drops that have nothing to do with any of ten distances, the error alone was smaller than that of the mean in
+        7 of 40 made-up studies, by more than chance explains in 1.
+        """
+        return self.gain.low is not None and self.gain.low > 0
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the predictor's error is no smaller."""
+        return self.gain.value is not None and self.gain.value <= 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,25 +50,21 @@ class LeftOut:
 
     Args:
         residuals: drop minus prediction, one per point.
-        error, error_of_mean: mean absolute error, in points, of the predictor and of predicting the mean drop of the
-            points that were not left out.
-        gain_low: lower end of the 95 % interval of `error_of_mean - error`, resampled over what is left out; None where
-            that is fewer than four.
+        metrics: the metric that was chosen, one per fold: each time that something was left out.
+        error: mean absolute error, in points.
+        mean: predicting the mean drop of the points that were not left out.
+        seed_fraction: the same kind of fit to the seed fraction alone, which is known before anything is measured.
     """
 
     residuals: tuple[float, ...]
+    metrics: tuple[str, ...]
     error: float
-    error_of_mean: float
-    gain_low: float | None
+    mean: Baseline
+    seed_fraction: Baseline
 
-    @property
-    def is_better_than_mean(self) -> bool:
-        """Whether the error is below that of the mean by more than chance explains.
-
-        On drops that have nothing to do with any of ten distances the error alone was below that of the mean in 7 of 40
-        made-up studies, this never.
-        """
-        return self.gain_low is not None and self.gain_low > 0
+    def chosen(self, metric: str) -> str:
+        """Say in how many folds the metric was chosen: "20 of 24"."""
+        return f"{self.metrics.count(metric)} of {len(self.metrics)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +77,7 @@ class Predictor:
         steps: (distance, drop) pairs, ascending in the distance; between them it is linear, beyond them flat.
         ranges: every metric that it could have taken to the smallest and largest number among the points.
         configurations: errors with one configuration (all its random seeds) left out at a time.
-        architectures: the same with one architecture left out at a time; None where that leaves fewer than four
+        architectures: the same with one architecture left out at a time; None where that leaves fewer than six
             configurations.
     """
 
@@ -64,6 +88,40 @@ class Predictor:
     configurations: LeftOut
     architectures: LeftOut | None
 
+    @property
+    def against_seed_fraction(self) -> str:
+        """Say in a clause whether the distance tells more than the seed fraction does."""
+        baseline = self.configurations.seed_fraction
+        if baseline.is_beaten:
+            return "the distance tells more than that"
+        return "the distance tells no more" if baseline.is_ahead else "it may be chance that the distance tells more"
+
+    @property
+    def verdict(self) -> str:
+        """Say in a sentence what it is worth on an architecture that was not measured."""
+        only = "The relation holds for the architectures measured only:"
+        errors = self.architectures
+        if errors is None:
+            return f"{only} the error on an unseen one was not measured."
+        compared = (
+            f"missed by {errors.error:.1f} points, the mean by {errors.mean.error:.1f}, the seed fraction alone by "
+            f"{errors.seed_fraction.error:.1f}"
+        )
+        if errors.mean.is_ahead:
+            return f"{only} on one left out it was worse than the mean ({compared})."
+        chance = "" if errors.mean.is_beaten else f"; of {len(errors.metrics)} architectures that may be chance"
+        return f"On an architecture left out it was better than the mean, too ({compared}){chance}."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outside:
+    """A distance that is outside of those that a predictor was fitted on, `low` to `high`."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -71,13 +129,19 @@ class Prediction:
 
     Args:
         expected_drop: in `unit`, from the model as it is to the merged one.
-        low, high: interval from the residuals on configurations left out.
+        low, high: interval from the residuals on what was left out: on configurations or on architectures, whichever
+            is wider, unless the model's architecture is known to be one of the study's.
         level: share of such residuals that the interval holds.
         unit: "percentage points".
         metric: the distance that it is predicted from.
         fitted_on: the data: dataset, preset, expert sets, random seeds, commits.
         num_sets: number of points.
-        error_left_out, error_of_mean: as in `LeftOut`, over configurations.
+        error_left_out, error_of_mean, error_of_seed_fraction: on configurations left out: of the predictor, the mean
+            and the seed fraction alone, as in `LeftOut`.
+        architecture_error_left_out, architecture_error_of_mean, architecture_error_of_seed_fraction: the same on
+            architectures left out; None where not measured.
+        verdict: what it is worth on an architecture that was not measured, a sentence.
+        outside: distances that are outside of those that it was fitted on.
         sentence: all of it for people, with what it does not say.
     """
 
@@ -91,6 +155,12 @@ class Prediction:
     num_sets: int
     error_left_out: float
     error_of_mean: float
+    error_of_seed_fraction: float
+    architecture_error_left_out: float | None
+    architecture_error_of_mean: float | None
+    architecture_error_of_seed_fraction: float | None
+    verdict: str
+    outside: list[Outside]
     sentence: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,23 +212,44 @@ def fit_predictor(points: Sequence[Point], *, of: str, metrics: Iterable[str] = 
         )
     table = np.array([[point.distances[of][name] for name in names] for point in points])
     drops = np.array([point.drop for point in points])
+    fractions = np.array([point.seed_fraction for point in points])
     architectures = codes_of([point.architecture for point in points])
-    metric = _choose(table, drops, configurations)
+    missed = _fold_residuals(table, drops, configurations)
+    metric = _choose(missed, configurations)
     fit = _fit(table[:, metric], drops)
+
+    def leave_out(groups: np.ndarray, named: str) -> LeftOut:
+        residuals, of_mean, of_fraction = np.empty((3, len(drops)))
+        chosen = []
+        for group in np.unique(groups):
+            held = groups == group
+            left_out = frozenset(configurations[held].tolist())
+            chosen.append(_choose(missed, configurations, left_out))
+            residuals[held] = missed(left_out)[held, chosen[-1]]
+            of_mean[held] = drops[held] - drops[~held].mean()
+            of_fraction[held] = drops[held] - np.interp(fractions[held], *_fit(fractions[~held], drops[~held]))
+        return LeftOut(
+            residuals=tuple(residuals.tolist()),
+            metrics=tuple(names[metric] for metric in chosen),
+            error=float(np.abs(residuals).mean()),
+            mean=_compare(residuals, of_mean, groups, named),
+            seed_fraction=_compare(residuals, of_fraction, groups, named),
+        )
+
     elsewhere = None
     if min(len(set(configurations[architectures != one])) for one in set(architectures)) >= LEAST_CONFIGURATIONS:
-        elsewhere = _leave_out(table, drops, configurations, architectures)
+        elsewhere = leave_out(architectures, "architectures")
     return Predictor(
         of=of,
         metric=names[metric],
         steps=tuple(zip(fit.distances.tolist(), fit.drops.tolist(), strict=True)),
         ranges={name: (float(column.min()), float(column.max())) for name, column in zip(names, table.T, strict=True)},
-        configurations=_leave_out(table, drops, configurations, configurations),
+        configurations=leave_out(configurations, "configurations"),
         architectures=elsewhere,
     )
 
 
-def predict(cells: Iterable[Cell], numbers: Mapping[str, float], of: str) -> Prediction:
+def predict(cells: Iterable[Cell], numbers: Mapping[str, float], of: str, *, architecture: str = "") -> Prediction:
     """Predict what merging a model costs from its distances, if the study lets one.
 
     Args:
@@ -166,10 +257,10 @@ def predict(cells: Iterable[Cell], numbers: Mapping[str, float], of: str) -> Pre
         numbers: metric to distance of the model, with `ssd_ratio` and the like for ratios to the null; more give more
             to choose from.
         of: what the distances are taken of, "changes" or "weights".
+        architecture: the model's, as the study names it; "" where that is not known.
 
     Returns:
-        The prediction. Numbers outside of what it was fitted on are named in its sentence; beyond its ends the
-        relation is flat.
+        The prediction. Numbers outside of what it was fitted on are named; beyond its ends the relation is flat.
 
     Raises:
         ValueError: `fit_predictor` refuses, or its error on configurations left out is not below that of predicting
@@ -178,18 +269,25 @@ def predict(cells: Iterable[Cell], numbers: Mapping[str, float], of: str) -> Pre
     cells = list(cells)
     found = points(cells)
     predictor = fit_predictor(found, of=of, metrics=numbers)
-    errors = predictor.configurations
-    if not errors.is_better_than_mean:
+    errors, elsewhere = predictor.configurations, predictor.architectures
+    if not errors.mean.is_beaten:
         raise ValueError(
             f"the distances of {of} do not predict the drop in this study: on configurations left out the best of "
             f"{len(predictor.ranges)} misses by {errors.error:.1f} points on average and the mean of the others by "
-            f"{errors.error_of_mean:.1f}, which is no difference that can be told from chance"
+            f"{errors.mean.error:.1f}, which is no difference that can be told from chance"
         )
     distances, drops = zip(*predictor.steps, strict=True)
     expected = float(np.interp(numbers[predictor.metric], distances, drops))
-    margin = _margin(errors.residuals)
-    low, high = expected - margin, expected + margin
+    margins = {"configurations": _margin(errors.residuals)}
+    if elsewhere is not None and architecture not in {point.architecture for point in found}:
+        margins["architectures"] = _margin(elsewhere.residuals)
+    low, high = expected - max(margins.values()), expected + max(margins.values())
     fitted_on = _fitted_on(cells, found)
+    outside = [
+        Outside(metric=name, value=numbers[name], low=low, high=high)
+        for name, (low, high) in predictor.ranges.items()
+        if not low <= numbers[name] <= high
+    ]
     return Prediction(
         expected_drop=expected,
         low=low,
@@ -200,8 +298,23 @@ def predict(cells: Iterable[Cell], numbers: Mapping[str, float], of: str) -> Pre
         fitted_on=fitted_on,
         num_sets=len(found),
         error_left_out=errors.error,
-        error_of_mean=errors.error_of_mean,
-        sentence=_sentence(predictor, numbers, (expected, low, high), fitted_on),
+        error_of_mean=errors.mean.error,
+        error_of_seed_fraction=errors.seed_fraction.error,
+        architecture_error_left_out=None if elsewhere is None else elsewhere.error,
+        architecture_error_of_mean=None if elsewhere is None else elsewhere.mean.error,
+        architecture_error_of_seed_fraction=None if elsewhere is None else elsewhere.seed_fraction.error,
+        verdict=predictor.verdict,
+        outside=outside,
+        sentence=" ".join(
+            [
+                f"Expected drop of zero-shot mean recall by merging: {expected:.1f} percentage points "
+                f"({100 * PREDICTION_LEVEL:.0f} % interval {low:.1f} to {high:.1f}), from {predictor.metric} = "
+                f"{numbers[predictor.metric]:.3g} of the {of}.",
+                *_sentences(predictor, margins),
+                f"Fitted on {fitted_on}; for other data, sizes and ways of training it claims nothing.",
+                *_warnings(outside),
+            ]
+        ),
     )
 
 
@@ -216,46 +329,53 @@ def _fit(distances: np.ndarray, drops: np.ndarray) -> _Fit:
 
     order = np.argsort(distances)
     ascending = distances[order]
-    starts = np.flatnonzero(np.diff(ascending, prepend=-np.inf))  # np.unique would take most of the time of a fit
-    counts = np.diff(starts, append=len(distances))
-    means = np.add.reduceat(drops[order], starts) / counts
+    # np.unique or np.diff would take most of the time of a fit, of which there are thousands
+    starts = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
+    ends = np.append(starts[1:], len(order))
+    means = np.add.reduceat(drops[order], starts) / (counts := ends - starts)
     rises = bool(np.arange(len(means)) @ (counts * (means - drops.mean())) >= 0)
     return _Fit(ascending[starts], isotonic_regression(means, weights=counts, increasing=rises).x)
 
 
-def _misses(table: np.ndarray, drops: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Leave one group out at a time; return the residuals of every metric."""
-    residuals = np.empty_like(table)
-    for group in np.unique(groups):
-        held = groups == group
-        for metric, column in enumerate(table.T):
-            fit = _fit(column[~held], drops[~held])
-            residuals[held, metric] = drops[held] - np.interp(column[held], *fit)
-    return residuals
+def _fold_residuals(
+    table: np.ndarray, drops: np.ndarray, configurations: np.ndarray
+) -> Callable[[frozenset[int]], np.ndarray]:
+    """Return what gives the residuals, (point, metric), of fits without some configurations, and fits them only once.
+
+    Without two of them is asked for twice: when either is left out to measure the error, the other to choose a metric.
+    """
+
+    @functools.cache
+    def missed(left_out: frozenset[int]) -> np.ndarray:
+        kept = ~np.isin(configurations, list(left_out))
+        fits = [_fit(column[kept], drops[kept]) for column in table.T]
+        return np.stack([drops - np.interp(column, *fit) for column, fit in zip(table.T, fits, strict=True)], axis=1)
+
+    return missed
 
 
-def _choose(table: np.ndarray, drops: np.ndarray, configurations: np.ndarray) -> int:
-    """Choose the metric with the smallest error on configurations left out, the first among equals."""
-    return int(np.abs(_misses(table, drops, configurations)).mean(0).argmin())
+def _choose(
+    missed: Callable[[frozenset[int]], np.ndarray], configurations: np.ndarray, without: frozenset[int] = frozenset()
+) -> int:
+    """Choose the metric with the smallest error on configurations left out, the first among equals.
+
+    Args:
+        missed: of `_fold_residuals`.
+        configurations: of the points.
+        without: those that take no part in the choice.
+    """
+    kept = set(configurations.tolist()) - without
+    residuals = [missed(without | {one})[configurations == one] for one in sorted(kept)]
+    return int(np.abs(np.concatenate(residuals)).mean(0).argmin())
 
 
-def _leave_out(table: np.ndarray, drops: np.ndarray, configurations: np.ndarray, groups: np.ndarray) -> LeftOut:
-    """Leave one group out at a time, the choice of the metric included."""
-    residuals, of_mean = np.empty_like(drops), np.empty_like(drops)
-    for group in np.unique(groups):
-        held = groups == group
-        metric = _choose(table[~held], drops[~held], configurations[~held])
-        fit = _fit(table[~held, metric], drops[~held])
-        residuals[held] = drops[held] - np.interp(table[held, metric], *fit)
-        of_mean[held] = drops[held] - drops[~held].mean()
-    gains = np.abs(of_mean) - np.abs(residuals)
+def _compare(residuals: np.ndarray, others: np.ndarray, groups: np.ndarray, of: str) -> Baseline:
+    """Hold the predictor's residuals against those of a baseline, resampled over the groups that were left out."""
+    gains = np.abs(others) - np.abs(residuals)
     counts = resamples(groups, np.random.default_rng(0))[1:]
     drawn = (counts * gains).sum(1) / counts.sum(1)
-    return LeftOut(
-        residuals=tuple(residuals.tolist()),
-        error=float(np.abs(residuals).mean()),
-        error_of_mean=float(np.abs(of_mean).mean()),
-        gain_low=float(np.percentile(drawn, 50 * (1 - LEVEL))) if len(set(groups)) >= LEAST_CONFIGURATIONS else None,
+    return Baseline(
+        error=float(np.abs(others).mean()), gain=estimate(gains.mean(), drawn, len(set(groups.tolist())), of=of)
     )
 
 
@@ -292,27 +412,27 @@ def _fitted_on(cells: Sequence[Cell], points: Sequence[Point]) -> str:
     )
 
 
-def _sentence(
-    predictor: Predictor, numbers: Mapping[str, float], interval: tuple[float, float, float], fitted_on: str
-) -> str:
-    expected, low, high = interval
-    errors, elsewhere = predictor.configurations, predictor.architectures
-    unseen = ""
-    if elsewhere is not None:
-        unseen = f"; on an architecture left out by {elsewhere.error:.1f} and {elsewhere.error_of_mean:.1f}"
-    sentences = [
-        f"Expected drop of zero-shot mean recall by merging: {expected:.1f} percentage points "
-        f"({100 * PREDICTION_LEVEL:.0f} % interval {low:.1f} to {high:.1f}), from {predictor.metric} = "
-        f"{numbers[predictor.metric]:.3g} of the {predictor.of}.",
-        f"On configurations left out such predictions missed by {errors.error:.1f} points on average, the mean of the "
-        f"others by {errors.error_of_mean:.1f}{unseen}.",
-        f"Fitted on {fitted_on}; for other data, sizes and ways of training it claims nothing.",
+def _sentences(predictor: Predictor, margins: Mapping[str, float]) -> list[str]:
+    """Say how well it predicts, and where the interval is from."""
+    errors = predictor.configurations
+    told = [
+        f"On configurations left out such predictions missed by {errors.error:.1f} points on average "
+        f"({predictor.metric} was chosen in {errors.chosen(predictor.metric)} folds), the mean of the others by "
+        f"{errors.mean.error:.1f}, and a fit to the seed fraction alone, without any distance, by "
+        f"{errors.seed_fraction.error:.1f}: {predictor.against_seed_fraction}.",
+        predictor.verdict,
     ]
-    outside = [
-        f"{name} {numbers[name]:.3g} (fitted on {low:.3g} to {high:.3g})"
-        for name, (low, high) in predictor.ranges.items()
-        if not low <= numbers[name] <= high
-    ]
-    if outside:
-        sentences.append(f"Outside of what it was fitted on: {', '.join(outside)}: the model is unlike those measured.")
-    return " ".join(sentences)
+    if len(margins) > 1:
+        widths = " and ".join(f"±{margin:.1f} on {of}" for of, margin in margins.items())
+        told.append(
+            f"The interval is the wider of those from what was left out, {widths}: the model’s architecture is not "
+            "known to be one of the study’s."
+        )
+    return told
+
+
+def _warnings(outside: Sequence[Outside]) -> list[str]:
+    if not outside:
+        return []
+    named = ", ".join(f"{x.metric} {x.value:.3g} (fitted on {x.low:.3g} to {x.high:.3g})" for x in outside)
+    return [f"Outside of what it was fitted on: {named}: the model is unlike those measured."]

@@ -1,7 +1,7 @@
 """Correlate distances with what merging cost, by ranks, with intervals."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from modalmerge.outcomes.sets import Point, check_kind, measured_metrics
 
 LEAST_POINTS = 4
-LEAST_CONFIGURATIONS = 4  # for an interval
+LEAST_CONFIGURATIONS = 6  # for an interval: of four, many resamples repeat one or two, which agree with themselves
 NUM_RESAMPLES = 1_000
 LEVEL = 0.95
 
@@ -41,19 +41,28 @@ class Correlation:
 
     Args:
         metric: name of the distance.
-        scope: "across" all points; "within" one architecture; "averaged": the mean of those within.
+        scope: "across" all points; "within" one architecture; "averaged": the mean of those within; "within seed
+            fraction": the mean over seed fractions, whether the distance says more than these do.
         architecture: of "within", else "".
-        num_points, num_configurations: what it is over.
+        num_configurations: what it is over.
+        cells: ids of the cells behind the points that it is over.
+        missing: architectures or seed fractions without a part in a mean, each with the reason.
         spearman, kendall: rank correlations in [-1, 1]; Kendall's is tau-b.
     """
 
     metric: str
     scope: str
     architecture: str
-    num_points: int
     num_configurations: int
+    cells: tuple[str, ...]
+    missing: tuple[str, ...]
     spearman: Estimate
     kendall: Estimate
+
+    @property
+    def num_points(self) -> int:
+        """Number of expert sets, two cells each."""
+        return len(self.cells) // 2
 
 
 def correlations(points: Sequence[Point], *, of: str) -> tuple[Correlation, ...]:
@@ -70,8 +79,9 @@ def correlations(points: Sequence[Point], *, of: str) -> tuple[Correlation, ...]
         of: "changes" or "weights".
 
     Returns:
-        For every metric that was measured: across; where there are several architectures also averaged, and within each
-        of them. An estimate that cannot be told has None and its reason.
+        For every metric that was measured: across; where there are several seed fractions within these, averaged; where
+        there are several architectures within these, averaged and one by one. An estimate that cannot be told has None
+        and its reason.
 
     Raises:
         ValueError: `of` is no kind of distances.
@@ -80,28 +90,42 @@ def correlations(points: Sequence[Point], *, of: str) -> tuple[Correlation, ...]
     found = []
     for metric in measured_metrics(points, of=of):
         measured = [point for point in points if metric in point.distances.get(of, {})]
-        by_architecture: dict[str, list[Point]] = {}
-        for point in measured:
-            by_architecture.setdefault(point.architecture, []).append(point)
-        scopes = [("across", "", [measured])]
-        if len(by_architecture) > 1:
-            usable = [members for members in by_architecture.values() if not _unusable(members, metric, of)]
-            scopes.append(("averaged", "", usable or [*by_architecture.values()]))
-            scopes += [("within", name, [members]) for name, members in by_architecture.items()]
-        for scope, architecture, strata in scopes:
-            spearman, kendall = _estimates(strata, metric, of)
-            found.append(
-                Correlation(
-                    metric=metric,
-                    scope=scope,
-                    architecture=architecture,
-                    num_points=sum(map(len, strata)),
-                    num_configurations=len({point.configuration for stratum in strata for point in stratum}),
-                    spearman=spearman,
-                    kendall=kendall,
-                )
-            )
+        architectures = _divide(measured, lambda point: point.architecture)
+        fractions = _divide(measured, lambda point: f"seed fraction {point.seed_fraction:g}")
+        found.append(_correlate(metric, of, "across", {"": measured}))
+        found += [
+            _correlate(metric, of, scope, strata)
+            for scope, strata in (("averaged", architectures), ("within seed fraction", fractions))
+            if len(strata) > 1
+        ]
+        if len(architectures) > 1:
+            found += [_correlate(metric, of, "within", {name: members}) for name, members in architectures.items()]
     return tuple(found)
+
+
+def _divide(points: Sequence[Point], name: Callable[[Point], str]) -> dict[str, list[Point]]:
+    strata: dict[str, list[Point]] = {}
+    for point in points:
+        strata.setdefault(name(point), []).append(point)
+    return strata
+
+
+def _correlate(metric: str, of: str, scope: str, strata: Mapping[str, Sequence[Point]]) -> Correlation:
+    """Correlate within every stratum that can be used, and average; where none can, all of them are without a value."""
+    reasons = {name: _unusable(members, metric, of) for name, members in strata.items()}
+    names = [name for name, reason in reasons.items() if not reason] or list(strata)
+    spearman, kendall = _estimates([strata[name] for name in names], metric, of)
+    used = [point for name in names for point in strata[name]]
+    return Correlation(
+        metric=metric,
+        scope=scope,
+        architecture=names[0] if scope == "within" else "",
+        num_configurations=len({point.configuration for point in used}),
+        cells=tuple(cell for point in used for cell in point.cells),
+        missing=tuple(f"{name}: {reason}" for name, reason in reasons.items() if name not in names),
+        spearman=spearman,
+        kendall=kendall,
+    )
 
 
 def _estimates(strata: Sequence[Sequence[Point]], metric: str, of: str) -> tuple[Estimate, Estimate]:
@@ -116,15 +140,7 @@ def _estimates(strata: Sequence[Sequence[Point]], metric: str, of: str) -> tuple
         x = np.array([point.distances[of][metric] for point in stratum])
         rows.append(_rank_correlations(x, np.array([point.drop for point in stratum]), counts))
     count = min(len({point.configuration for point in stratum}) for stratum in strata)
-    reason = ""
-    if count < LEAST_CONFIGURATIONS:
-        reason = f"an interval takes at least {LEAST_CONFIGURATIONS} configurations, not {count}"
-    estimates = []
-    for value, *drawn in np.mean(rows, axis=0):  # (statistic, 1 + resample)
-        low, high = np.nanpercentile(drawn, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-        ends = (None, None) if reason else (float(low), float(high))
-        estimates.append(Estimate(value=float(value), low=ends[0], high=ends[1], reason=reason))
-    spearman, kendall = estimates
+    spearman, kendall = (estimate(value, drawn, count) for value, *drawn in np.mean(rows, axis=0))
     return spearman, kendall
 
 
@@ -158,6 +174,25 @@ def resamples(codes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     count = codes.max() + 1
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=NUM_RESAMPLES)
     return np.concatenate([np.ones((1, count)), drawn])[:, codes]
+
+
+def estimate(value: float, drawn: Sequence[float] | np.ndarray, count: int, *, of: str = "configurations") -> Estimate:
+    """Put an interval around a number, if there is one.
+
+    Args:
+        value: the number.
+        drawn: the same of every resample; NaN where that has none.
+        count: how many groups were resampled, the fewest of several strata.
+        of: what they are, for the reason.
+    """
+    if count < LEAST_CONFIGURATIONS:
+        reason = f"an interval takes at least {LEAST_CONFIGURATIONS} {of}, not {count}"
+        return Estimate(value=float(value), low=None, high=None, reason=reason)
+    low, high = np.nanpercentile(drawn, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    if high - low < 1e-9:  # rounding apart
+        reason = f"resamples of {count} {of} all give {value:.3g}, which is no interval"
+        return Estimate(value=float(value), low=None, high=None, reason=reason)
+    return Estimate(value=float(value), low=float(low), high=float(high))
 
 
 def _rank_correlations(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -96,7 +96,7 @@ def points(cells: Iterable[Cell]) -> tuple[Point, ...]:
         seeds; `unpaired` names the others.
 
     Raises:
-        ValueError: two different cells give the same result of one point.
+        ValueError: two cells of another id or value give the same result of one point.
     """
     halves = _halves(cells)
     found = [_point(*pair.values()) for _, pair in sorted(halves.items()) if len(pair) == 2]
@@ -144,7 +144,7 @@ def _halves(cells: Iterable[Cell]) -> dict[tuple[str, int], dict[str, Cell]]:
         name = str(cell.settings[SET_SETTING])
         half = "unmerged" if cell.method == "none" else "merged"
         first = halves.setdefault((name, cell.random_seed), {}).setdefault(half, cell)
-        if first != cell:
+        if (first.id, first.value) != (cell.id, cell.value):  # a cell may be measured again, by another commit
             raise ValueError(
                 f"cells {first.id!r} and {cell.id!r} give the {half} result of expert set {name}, random seed "
                 f"{cell.random_seed}, twice; remove one of their lines from cells.jsonl"

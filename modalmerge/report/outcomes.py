@@ -3,26 +3,16 @@
 import html
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from modalmerge.outcomes import (
-    Correlation,
-    Estimate,
-    LeftOut,
-    Point,
-    Predictor,
-    correlations,
-    fit_predictor,
-    measured_kinds,
-    measured_metrics,
-    points,
-    unpaired,
-)
+from modalmerge.outcomes.sets import Point, measured_kinds, measured_metrics, points, unpaired
 from modalmerge.records import Cell
-from modalmerge.report import charts
-from modalmerge.report.heat import METRICS
+from modalmerge.report import charts, heat
 from modalmerge.report.parts import Parts, escape, html_table
 from modalmerge.report.text import markdown_head, markdown_line, markdown_text
+
+if TYPE_CHECKING:  # they take numpy
+    from modalmerge.outcomes import Baseline, Correlation, Estimate, LeftOut, Predictor
 
 HEADING = "Distance and outcome"
 INTRODUCTION = (
@@ -36,11 +26,16 @@ NOTE = (
     "configurations (architecture, seed fraction, rate factor), all random seeds of one together. The intervals do not "
     "cover other data, sizes or architectures, nor that expert sets of one random seed share batches; and they are not "
     "widened for their number: of 20 distances that have nothing to do with the drop, one would seem to. Across mixes "
-    "what differs between architectures with what differs within them; within, averaged: the mean over architectures."
+    "what differs between architectures with what differs within them; within, averaged: the mean over architectures. "
+    "Within seed fractions: the mean over seed fractions, so whether a distance tells more than the seed "
+    "fraction, which is known before anything is measured."
 )
 NOTE_PREDICTOR = (
-    "Mean absolute error in percentage points on what was left out, of a monotone relation to one distance; which "
-    "distance is chosen anew without it. L2 is no candidate, since it grows with the size of the model."
+    "Mean absolute error in percentage points on what was left out, one at a time, of a monotone relation to one "
+    "distance; which distance is chosen anew without it: in how many folds it was the one that all points choose is "
+    "in brackets. Held against the mean of the others and against such a relation to the seed fraction alone, which is "
+    "known before any distance is measured. Better: yes where the 95 % interval of the difference leaves 0 out. L2 is "
+    "no candidate, since it grows with the size of the model."
 )
 STYLE = """
 .looks { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-style: none; font-size: .9rem; }
@@ -65,8 +60,8 @@ class Relation(NamedTuple):
     """
 
     of: str
-    correlations: tuple[Correlation, ...]
-    predictor: Predictor | None
+    correlations: "tuple[Correlation, ...]"
+    predictor: "Predictor | None"
     refusal: str
 
 
@@ -89,12 +84,12 @@ def outcome_section(cells: Sequence[Cell], parts: Parts) -> str:
     )
     blocks = []
     for place, relation in enumerate(relations):
-        block = _charts(found, relation, parts) + _correlation_table(found, relation, parts)
+        block = _charts(found, relation, parts) + _correlation_table(relation, parts)
         title = _kind(relation.of)
         blocks.append(f"<details><summary>{title}</summary>{block}</details>" if place else f"<h3>{title}</h3>{block}")
     return (
         f'<section><h2>{HEADING}</h2><p>{escape(INTRODUCTION)}</p><ul class="prose">{told}</ul>{_looks(found)}'
-        f'{"".join(blocks)}<p class="note">{escape(NOTE)}{_left_out_note(cells)}</p>'
+        f'{"".join(blocks)}<p class="note">{escape(NOTE + _left_out_note(cells, relations))}</p>'
         f"{_error_table(relations)}{_point_table(found, parts)}</section>"
     )
 
@@ -121,14 +116,22 @@ def markdown_outcomes(cells: Sequence[Cell]) -> str:
             row = {_scope(item): item for item in relation.correlations if item.metric == metric}
             texts = [_both(row[scope]) if scope in row else "–" for scope in scopes]
             lines.append(markdown_line([title_of(metric), *texts]))
-    lines += ["", markdown_text(NOTE + _left_out_note(cells))]
+    lines += ["", markdown_text(NOTE + _left_out_note(cells, relations))]
     if errors := _errors(relations):
-        lines += ["", *markdown_head(ERROR_TITLES), *map(markdown_line, errors), "", markdown_text(NOTE_PREDICTOR)]
+        lines += [
+            "",
+            *markdown_head(ERROR_TITLES),
+            *map(markdown_line, errors),
+            "",
+            markdown_text(_predictor_note(relations)),
+        ]
     return "\n".join(lines) + "\n"
 
 
 def relate(found: Sequence[Point]) -> list[Relation]:
     """Correlate and fit every kind of distances that these points have."""
+    from modalmerge.outcomes import correlations, fit_predictor
+
     relations = []
     for of in measured_kinds(found):
         predictor, refusal = None, ""
@@ -141,36 +144,46 @@ def relate(found: Sequence[Point]) -> list[Relation]:
 
 
 def tell(relation: Relation) -> str:
-    """Say in one sentence which correlations differ from 0, and whether the drop can be predicted."""
-    across = [item for item in relation.correlations if item.scope == "across"]
-    averaged = [item for item in relation.correlations if item.scope == "averaged"]
+    """Say which correlations differ from 0, and whether the drop can be predicted better than without a distance."""
+    by_scope: dict[str, list[Correlation]] = {}
+    for item in relation.correlations:
+        by_scope.setdefault(item.scope, []).append(item)
+    across = by_scope["across"]
     num_points = max(item.num_points for item in across)
     num_configurations = max(item.num_configurations for item in across)
     text = (
         f"Across all {num_points} expert sets ({num_configurations} configurations) the interval of Spearman’s "
         f"correlation between distance and drop leaves 0 out for {_told(across)}"
     )
-    if averaged:
-        text += f"; within architectures, averaged, for {_told(averaged)}"
+    for scope, name in (("averaged", "architectures"), ("within seed fraction", "seed fractions")):
+        if scope in by_scope:
+            text += f"; within {name}, averaged, for {_told(by_scope[scope])}"
     predictor = relation.predictor
     if predictor is None:
         return f"{text}; nothing is predicted: {relation.refusal}."
     errors = predictor.configurations
-    compared = f"by {errors.error:.1f} points on average (by the mean of the others: {errors.error_of_mean:.1f})"
-    if errors.is_better_than_mean:
-        return f"{text}; from {title_of(predictor.metric)} the drop of a configuration left out is missed {compared}."
+    title = title_of(predictor.metric)
+    compared = (
+        f"by {errors.error:.1f} points on average (by the mean of the others: {errors.mean.error:.1f}; by the seed "
+        f"fraction alone: {errors.seed_fraction.error:.1f}"
+    )
+    if not errors.mean.is_beaten:
+        return (
+            f"{text}; no distance predicts the drop of a configuration left out better than chance explains: it is "
+            f"missed {compared})."
+        )
     return (
-        f"{text}; no distance predicts the drop of a configuration left out better than chance explains: it is missed "
-        f"{compared}."
+        f"{text}; from {title} (chosen in {errors.chosen(predictor.metric)} folds) the drop of a configuration left "
+        f"out is missed {compared}; {predictor.against_seed_fraction}). {predictor.verdict}"
     )
 
 
 def title_of(metric: str) -> str:
     """Name a metric of the cells for people."""
     plain = metric.removesuffix("_ratio")
-    if metric in METRICS:
-        return METRICS[metric].title
-    return f"{METRICS[plain].title} / null" if plain in METRICS else metric
+    if metric in heat.METRICS:
+        return heat.METRICS[metric].title
+    return f"{heat.METRICS[plain].title} / null" if plain in heat.METRICS else metric
 
 
 # -- texts --------------------------------------------------------------------------------------------------
@@ -180,21 +193,21 @@ def _kind(of: str) -> str:
     return {"changes": "Changes since the base", "weights": "Weights as they are"}[of]
 
 
-def _told(items: Sequence[Correlation]) -> str:
-    """List the distances whose interval leaves 0 out, the strongest first."""
+def _told(items: "Sequence[Correlation]") -> str:
+    """List the distances whose interval leaves 0 out, the strongest first; then why others have no interval."""
     told = [item for item in items if item.spearman.is_told_from_zero]
-    if not told:
-        return f"none of {len(items)} distances"
     told.sort(key=lambda item: -abs(item.spearman.value or 0))
     names = ", ".join(f"{title_of(item.metric)} ({item.spearman.value:+.2f})" for item in told)
-    return f"{len(told)} of {len(items)} distances: {names}"
+    text = f"{len(told)} of {len(items)} distances: {names}" if told else f"none of {len(items)} distances"
+    reasons = dict.fromkeys(item.spearman.reason for item in items if item.spearman.reason)
+    return f"{text} ({'; '.join(reasons)})" if reasons else text
 
 
 def _minus(text: str) -> str:
     return re.sub(r"(?<!\w)-(?=\d)", "−", text)  # the sign, not the hyphen
 
 
-def _interval(estimate: Estimate) -> tuple[str, str]:
+def _interval(estimate: "Estimate") -> tuple[str, str]:
     """Write an estimate and its interval, "" where there is none."""
     value, low, high = (
         "" if number is None else f"{round(number, 2) + 0.0:+.2f}"  # + 0.0: never "-0.00"
@@ -203,52 +216,85 @@ def _interval(estimate: Estimate) -> tuple[str, str]:
     return value, f"{low} to {high}" if low else ""
 
 
-def _both(item: Correlation) -> str:
+def _both(item: "Correlation") -> str:
     if item.spearman.value is None:
         return "–"
     return f"ρ {_bracketed(item.spearman)}, τ {_bracketed(item.kendall)}"
 
 
-def _bracketed(estimate: Estimate) -> str:
+def _bracketed(estimate: "Estimate") -> str:
     value, interval = _interval(estimate)
     return f"{value} ({interval})" if interval else value
 
 
-def _scope(item: Correlation) -> tuple[str, str]:
+def _scope(item: "Correlation") -> tuple[str, str]:
     return item.scope, item.architecture
 
 
 def _scopes(relation: Relation) -> dict[tuple[str, str], str]:
     """List the columns of the table of correlations, with their titles."""
-    titles = {"across": "Across", "averaged": "Within, averaged"}
+    titles = {"across": "Across", "averaged": "Within, averaged", "within seed fraction": "Within seed fractions"}
     scopes = dict.fromkeys(map(_scope, relation.correlations))
     return {(scope, name): titles.get(scope, f"Within {name}") for scope, name in scopes}
 
 
-def _left_out_note(cells: Iterable[Cell]) -> str:
+def _left_out_note(cells: Iterable[Cell], relations: Sequence[Relation]) -> str:
+    """Name what has no part in the numbers, or in a mean of them."""
     names = unpaired(cells)
-    return f" Left out, since one of their two results is missing: {'; '.join(names)}." if names else ""
+    text = f" Left out, since one of their two results is missing: {'; '.join(names)}." if names else ""
+    items = [item for relation in relations for item in relation.correlations]
+    missing = dict.fromkeys(name for item in items for name in item.missing)
+    return f"{text} Without a part in a mean: {'; '.join(missing)}." if missing else text
 
 
-ERROR_TITLES = ["Distances of", "Left out at a time", "Distance", "Error", "Error of the mean", "Better"]
+ERROR_TITLES = [
+    "Distances of",
+    "Left out",
+    "Distance",
+    "Error",
+    "Of the mean",
+    "Better",
+    "Of the seed fraction",
+    "Better",
+]
 
 
 def _errors(relations: Sequence[Relation]) -> list[list[str]]:
-    """List the errors of every predictor on what was left out."""
+    """List the errors of every predictor on what was left out, beside those of both baselines."""
     lines = []
     for relation in relations:
         if (predictor := relation.predictor) is None:
             continue
         left_out: list[tuple[str, LeftOut | None]] = [
-            ("a configuration", predictor.configurations),
-            ("an architecture", predictor.architectures),
+            ("configuration", predictor.configurations),
+            ("architecture", predictor.architectures),
         ]
         for name, errors in left_out:
             if errors is not None:
-                numbers = [f"{errors.error:.1f}", f"{errors.error_of_mean:.1f}"]
-                better = "yes" if errors.is_better_than_mean else "cannot be told"
-                lines.append([relation.of, name, title_of(predictor.metric), *numbers, better])
+                distance = f"{title_of(predictor.metric)} ({errors.chosen(predictor.metric)})"
+                line = [relation.of, name, distance, f"{errors.error:.1f}"]
+                for baseline in (errors.mean, errors.seed_fraction):
+                    line += [f"{baseline.error:.1f}", _better(baseline)]
+                lines.append(line)
     return lines
+
+
+def _better(baseline: "Baseline") -> str:
+    """Say whether the distance is better than a baseline."""
+    if baseline.is_ahead:
+        return "no"
+    if baseline.is_beaten:
+        return "yes"
+    return "cannot be told"
+
+
+def _predictor_note(relations: Sequence[Relation]) -> str:
+    """Explain the errors, and why some differences have no interval."""
+    predictors = [relation.predictor for relation in relations if relation.predictor]
+    left_out = [errors for x in predictors for errors in (x.configurations, x.architectures) if errors]
+    reasons = dict.fromkeys(x.gain.reason for errors in left_out for x in (errors.mean, errors.seed_fraction))
+    told = "; ".join(filter(None, reasons))
+    return f"{NOTE_PREDICTOR} Not told everywhere: {told}." if told else NOTE_PREDICTOR
 
 
 # -- HTML ---------------------------------------------------------------------------------------------------
@@ -275,42 +321,37 @@ def _charts(found: Sequence[Point], relation: Relation, parts: Parts) -> str:
     return f'<div class="charts many">{"".join(drawn)}</div>'
 
 
-def _correlation_table(found: Sequence[Point], relation: Relation, parts: Parts) -> str:
+def _correlation_table(relation: Relation, parts: Parts) -> str:
     scopes = _scopes(relation)
-    lines = []
-    for metric in measured_metrics(found, of=relation.of):
-        row = {_scope(item): item for item in relation.correlations if item.metric == metric}
-        texts = []
-        for scope in scopes:
-            if scope not in row:
-                texts.append("–")
-                continue
-            behind = [
-                point
-                for point in found
-                if metric in point.distances.get(relation.of, {}) and scope[1] in ("", point.architecture)
-            ]
-            texts.append(_correlation(row[scope], behind, parts))
-        lines.append([escape(title_of(metric)), *texts])
+    by_metric: dict[str, dict[tuple[str, str], Correlation]] = {}
+    for item in relation.correlations:
+        by_metric.setdefault(item.metric, {})[_scope(item)] = item
+    lines = [
+        [escape(title_of(metric)), *(_correlation(row[scope], parts) if scope in row else "–" for scope in scopes)]
+        for metric, row in by_metric.items()
+    ]
     return html_table(["Distance", *scopes.values()], lines)
 
 
-def _correlation(item: Correlation, behind: Sequence[Point], parts: Parts) -> str:
+def _correlation(item: "Correlation", parts: Parts) -> str:
     about = f"{item.num_points} expert sets, {item.num_configurations} configurations"
-    title = "; ".join(filter(None, [about, item.spearman.reason]))
+    without = f"without {'; '.join(item.missing)}" if item.missing else ""
+    title = "; ".join(filter(None, [about, item.spearman.reason, without]))
     if item.spearman.value is None:
         return f'<span title="{escape(title)}">–</span>'
     value, interval = _interval(item.spearman)
-    below = [text for text in (interval, f"τ {_bracketed(item.kendall)}") if text]
+    kendall, further = _interval(item.kendall)
+    below = [text for text in (interval, f"τ {kendall}", further) if text]
     small = "".join(f'<span class="small">{_minus(text)}</span>' for text in below)
-    return _link(_minus(f"ρ {value}"), behind, title, parts) + small
+    return _link(_minus(f"ρ {value}"), item.cells, title, parts) + small
 
 
 def _error_table(relations: Sequence[Relation]) -> str:
     lines = [list(map(escape, line)) for line in _errors(relations)]
     if not lines:
         return ""
-    return f'<h3>Predicting the drop</h3>{html_table(ERROR_TITLES, lines)}<p class="note">{escape(NOTE_PREDICTOR)}</p>'
+    note = f'<p class="note">{escape(_predictor_note(relations))}</p>'
+    return f"<h3>Predicting the drop</h3>{html_table(ERROR_TITLES, lines)}{note}"
 
 
 def _point_table(found: Sequence[Point], parts: Parts) -> str:
@@ -320,7 +361,7 @@ def _point_table(found: Sequence[Point], parts: Parts) -> str:
     lines = []
     for point in found:
         numbers = [point.distances.get(of, {}).get(metric) for of, metric in columns]
-        drop = _link(_minus(f"{point.drop:.1f}"), [point], "unmerged and merged", parts)
+        drop = _link(_minus(f"{point.drop:.1f}"), point.cells, "unmerged and merged", parts)
         lines.append(
             [
                 f'{escape(point.expert_set)}<span class="small">random seed {point.random_seed}</span>',
@@ -334,6 +375,6 @@ def _point_table(found: Sequence[Point], parts: Parts) -> str:
     return f'<details class="sets"><summary>All {len(found)} expert sets</summary>{table}</details>'
 
 
-def _link(text: str, behind: Sequence[Point], title: str, parts: Parts) -> str:
-    positions = " ".join(str(parts.index[name]) for point in behind for name in point.cells)
+def _link(text: str, cells: Sequence[str], title: str, parts: Parts) -> str:
+    positions = " ".join(str(parts.index[name]) for name in cells)
     return f'<a class="trace" href="#cells" data-cells="{positions}" title="{html.escape(title)}">{text}</a>'
