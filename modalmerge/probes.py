@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from modalmerge.model.modeling import Layer
 from modalmerge.tasks.contract import Batch
 
 BOTH = "both"  # the curve on which one set of weights stands in the place of both experts
+LOSSES = ("uni-modal", "joint")  # the paths of `contrastive_terms`, in its order; without fusion layers the first alone
 _WHOLE = ("attention", "ffn")  # what a layer is made of; `norms` are inside of both
 
 # -- loss barrier -------------------------------------------------------------------------------------------
@@ -38,37 +40,66 @@ class Path:
         layers: those in which both have weights of their own; elsewhere nothing moves.
         num_elements: weights that move, of one expert.
         positions: a of each loss, from 0 to 1, evenly.
-        losses: `both`: the weights of the path stand in the place of both experts. The name of an expert: in its place
-            alone while the other keeps its own, so that `losses[first]` begins, and `losses[second]` ends, with the
-            loss of the unchanged model.
+        by_loss: for each of `LOSSES` that the model has, what is moved to the losses. `both`: the weights of the path
+            stand in the place of both experts. The name of an expert: in its place alone while the other keeps its own,
+            so that the curve of the first begins, and that of the second ends, with the loss of the unchanged model.
     """
 
     experts: tuple[str, str]
     layers: tuple[int, ...]
     num_elements: int
     positions: tuple[float, ...]
-    losses: Mapping[str, tuple[float, ...]]
+    by_loss: Mapping[str, Mapping[str, tuple[float, ...]]]
 
     @property
     def name(self) -> str:
         """The pair, such as `vision-text`."""
         return "-".join(self.experts)
 
-    def excess(self, moved: str = BOTH) -> tuple[float, ...]:
-        """Say for every position how far the loss is above the straight line between those at the ends."""
-        losses = self.losses[moved]
-        first, second = losses[0], losses[-1]
-        return tuple(loss - ((1 - a) * first + a * second) for a, loss in zip(self.positions, losses, strict=True))
+    @property
+    def losses(self) -> dict[str, tuple[float, ...]]:
+        """The mean of all losses, for everything that is moved."""
+        return {moved: self._mean(moved, self.by_loss) for moved in (BOTH, *self.experts)}
 
-    def barrier(self, moved: str = BOTH) -> float:
+    @property
+    def cost(self) -> float:
+        """How far the lowest loss of `both` is above that of the unchanged model; below 0 where it is better."""
+        return self.lowest()[1] - self.losses[self.experts[0]][0]
+
+    def moving(self, moved: str = BOTH) -> tuple[str, ...]:
+        """Name the losses that change on the way; none does where the path through the model has no moved weights."""
+        return tuple(loss for loss, curves in self.by_loss.items() if len(set(curves[moved])) > 1)
+
+    def excess(self, moved: str = BOTH, *, loss: str | None = None) -> tuple[float, ...]:
+        """Say for every position how far the loss is above the straight line between those at the ends.
+
+        Args:
+            moved: `both`, or one of the experts.
+            loss: one of `by_loss`; None: the mean of those that move, for one that cannot would only halve the rise.
+        """
+        losses = self._mean(moved, self.moving(moved) or self.by_loss) if loss is None else self.by_loss[loss][moved]
+        first, second = losses[0], losses[-1]
+        return tuple(value - ((1 - a) * first + a * second) for a, value in zip(self.positions, losses, strict=True))
+
+    def barrier(self, moved: str = BOTH, *, loss: str | None = None) -> float:
         """Return the largest excess; at least 0, for there is none at the ends."""
-        return max(self.excess(moved))
+        return max(self.excess(moved, loss=loss))
+
+    def barriers(self) -> dict[str, dict[str, float | None]]:
+        """Return the barrier for each loss and everything moved; None where that loss does not move."""
+        return {
+            loss: {moved: self.barrier(moved, loss=loss) if loss in self.moving(moved) else None for moved in curves}
+            for loss, curves in self.by_loss.items()
+        }
 
     def lowest(self, moved: str = BOTH) -> tuple[float, float]:
-        """Return the position of the smallest loss, and the loss there."""
+        """Return the position of the smallest mean loss, and the loss there."""
         losses = self.losses[moved]
         number = losses.index(min(losses))
         return self.positions[number], losses[number]
+
+    def _mean(self, moved: str, losses: Iterable[str]) -> tuple[float, ...]:
+        return tuple(fmean(values) for values in zip(*(self.by_loss[loss][moved] for loss in losses), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,18 +108,23 @@ class LossBarriers:
 
     Args:
         paths: one for every pair.
-        unchanged: loss of the model as it is.
+        unchanged_by_loss: losses of the model as it is.
         guessing: loss of one that takes every text, or image, of a batch for equally likely.
         num_samples: pairs of image and text that every loss is over.
         loss, unit: what was measured.
     """
 
     paths: tuple[Path, ...]
-    unchanged: float
+    unchanged_by_loss: Mapping[str, float]
     guessing: float
     num_samples: int
     loss: str = "contrastive"
     unit: str = "nats"
+
+    @property
+    def unchanged(self) -> float:
+        """The mean loss of the model as it is."""
+        return fmean(self.unchanged_by_loss.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
@@ -100,10 +136,19 @@ class LossBarriers:
                 }
                 for path in self.paths
             },
+            "by_loss": {
+                path.name: {
+                    loss: {moved: list(losses) for moved, losses in curves.items()}
+                    for loss, curves in path.by_loss.items()
+                }
+                for path in self.paths
+            },
+            "cost": {path.name: path.cost for path in self.paths},
             "barrier": {path.name: path.barrier() for path in self.paths},
             "barrier_by_modality": {
                 path.name: {expert: path.barrier(expert) for expert in path.experts} for path in self.paths
             },
+            "barrier_by_loss": {path.name: path.barriers() for path in self.paths},
             "lowest": {path.name: dict(zip(("position", "loss"), path.lowest(), strict=True)) for path in self.paths},
             "moved": {
                 path.name: {"layers": list(path.layers), "num_elements": path.num_elements} for path in self.paths
@@ -111,6 +156,7 @@ class LossBarriers:
             "loss": self.loss,
             "unit": self.unit,
             "unchanged": self.unchanged,
+            "unchanged_by_loss": dict(self.unchanged_by_loss),
             "guessing": self.guessing,
             "num_samples": self.num_samples,
         }
@@ -125,9 +171,9 @@ def loss_barriers(
 ) -> LossBarriers:
     """Measure the contrastive loss on the straight path between the weights of every two experts.
 
-    The loss is the mean of what `contrastive_terms` gives: both directions, on the uni-modal path and on the joint one,
-    so that every expert has a part in it. Weights of the path are those that `interpolation` gives; what a pair does
-    not share, and every third expert, stays as it is.
+    The losses are the means of what `contrastive_terms` gives, both directions: one on the uni-modal path, one on the
+    joint, so that every expert has a part in one. Weights of the path are those that `interpolation` gives; what a
+    pair does not share, and every third expert, stays as it is.
 
     Args:
         model: with experts and the heads that `contrastive_terms` needs, on any device.
@@ -161,11 +207,11 @@ def loss_barriers(
     total = 1 + len(pairs) * (num_points + 2 * (num_points - 2))
     done = itertools.count(1)
 
-    def measure(replaced: Mapping[str, Tensor]) -> float:
-        loss = evaluation_loss(model, batches, replaced)
+    def measure(replaced: Mapping[str, Tensor]) -> dict[str, float]:
+        losses = evaluation_loss(model, batches, replaced)
         if report is not None:
             report(next(done), total)
-        return loss
+        return losses
 
     with evaluation_mode(model), torch.inference_mode():
         unchanged = measure({})
@@ -173,7 +219,7 @@ def loss_barriers(
     sizes = [len(batch["input_ids"]) for batch in batches]
     return LossBarriers(
         paths=paths,
-        unchanged=unchanged,
+        unchanged_by_loss=unchanged,
         guessing=sum(size * math.log(size) for size in sizes) / sum(sizes),
         num_samples=sum(sizes),
     )
@@ -181,8 +227,8 @@ def loss_barriers(
 
 def evaluation_loss(
     model: ModalMergeModel, batches: Sequence[Batch], replaced: Mapping[str, Tensor] | None = None
-) -> float:
-    """Take the mean contrastive loss of a model with other tensors in the place of some.
+) -> dict[str, float]:
+    """Take the contrastive losses of a model with other tensors in the place of some.
 
     Args:
         model: in evaluation mode.
@@ -190,23 +236,26 @@ def evaluation_loss(
         replaced: name of a parameter to what it is for this call.
 
     Returns:
-        Nats, summed in float64.
+        Each of `LOSSES` that the model has, in nats: the mean of both directions, summed in float64, of one run.
 
     Raises:
-        ValueError: the loss is not finite, or as `contrastive_terms`.
+        ValueError: a loss is not finite, or as `contrastive_terms`.
     """
     call = _Terms(model)
     # all of them: torch runs those that may have gradients by other kernels, whose sums differ in the last digits
     parameters = {name: parameter.detach() for name, parameter in call.named_parameters()}
     parameters |= {f"model.{name}": tensor for name, tensor in (replaced or {}).items()}
-    total, count = 0.0, 0
+    totals: dict[str, float] = {}
     for batch in batches:
-        terms = functional_call(call, parameters, (batch,))
-        total += terms.sum(dtype=torch.float64).item()
-        count += len(terms)
-    if not math.isfinite(total):
-        raise ValueError(f"the contrastive loss is {-total / count}; check the weights for NaN and infinite values")
-    return -total / count
+        terms = functional_call(call, parameters, (batch,)).view(-1, 2 * len(batch["input_ids"]))  # (path, terms)
+        for loss, likelihoods in zip(LOSSES, terms.sum(1, dtype=torch.float64).tolist(), strict=False):
+            totals[loss] = totals.get(loss, 0.0) - likelihoods
+    count = 2 * sum(len(batch["input_ids"]) for batch in batches)
+    losses = {loss: total / count for loss, total in totals.items()}
+    for loss, value in losses.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the {loss} contrastive loss is {value}; check the weights for NaN and infinite values")
+    return losses
 
 
 class _Terms(nn.Module):
@@ -239,10 +288,10 @@ def _path(
     experts: tuple[str, str],
     shared: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
     positions: Sequence[float],
-    measure: Callable[[Mapping[str, Tensor]], float],
-    unchanged: float,
+    measure: Callable[[Mapping[str, Tensor]], Mapping[str, float]],
+    unchanged: Mapping[str, float],
 ) -> Path:
-    curves: dict[str, list[float]] = {BOTH: [], experts[0]: [], experts[1]: []}
+    curves: dict[str, list[Mapping[str, float]]] = {BOTH: [], experts[0]: [], experts[1]: []}
     for position in positions:
         weights = (1 - position, position)
         mixed = {names: interpolation(torch.stack(pair), weights=weights) for names, pair in shared.items()}
@@ -259,7 +308,10 @@ def _path(
         layers=tuple(sorted({int(name.split(".")[1]) for name, _ in shared})),
         num_elements=sum(first.numel() for first, _ in shared.values()),
         positions=tuple(positions),
-        losses={moved: tuple(losses) for moved, losses in curves.items()},
+        by_loss={
+            loss: {moved: tuple(point[loss] for point in curve) for moved, curve in curves.items()}
+            for loss in unchanged
+        },
     )
 
 
@@ -395,8 +447,8 @@ def expert_similarity(
 
     The tokens are those that an expert sees in the model as it is: images alone, texts alone, and both together for the
     joint one. Into a layer's attention, and then into its feed-forward network, go the states that the owner's
-    experts made; each of the pair makes of them what is added to the residual stream, for all real tokens. Only one
-    component at a time is another's, so nothing adds up over layers.
+    experts made; each of the pair makes of them what is added to the residual stream, times the layer's scale of that
+    component, for all real tokens. Only one component at a time is another's, so nothing adds up over layers.
 
     Args:
         model: with experts, on any device; its training mode is as before afterwards.
@@ -492,10 +544,11 @@ def _added(
             _last_call(layer.expert("norm2", expert)) as norm,
         ):
             layer.forward([(expert, hidden)], bias)  # not called, or the hook on the layer would see this, too
-        added["attention", expert] = attention["output"]
+        added["attention", expert] = attention["output"] * layer.attention_scale
         entered[expert] = norm["input"]
     for expert in experts:
-        added["ffn", expert] = layer.expert("ffn", expert)(layer.expert("norm2", expert)(entered[owner]))
+        update = layer.expert("ffn", expert)(layer.expert("norm2", expert)(entered[owner]))
+        added["ffn", expert] = update * layer.ffn_scale
     return added
 
 

@@ -10,8 +10,7 @@ from modalmerge.bench import gram as bench
 from modalmerge.bench.measuring import Usage
 from modalmerge.checkpoint import open_checkpoint
 from modalmerge.cli import benchmarks
-from modalmerge.cli.app import reporter
-from modalmerge.cli.statistics import _columns
+from modalmerge.cli.app import count_columns, reporter
 from modalmerge.data.text import scenes_tokenizer
 from modalmerge.merge.statistics import identify_checkpoint, open_statistics
 from modalmerge.study.jobs import model_config
@@ -119,7 +118,7 @@ def test_an_output_that_is_there_is_not_overwritten(gram, tmp_path):
 
 def test_progress_is_lines_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["modalmerge.cli.app"], "LINE_SECONDS", 0)  # `modalmerge.cli.app` is the application
-    shown = ("x.safetensors", lambda done, total: f"{done} of {total} samples", _columns)
+    shown = ("x.safetensors", lambda done, total: f"{done} of {total} samples", count_columns)
     with reporter(*shown) as report:
         report(10, 20)
     assert capsys.readouterr().err == "x.safetensors: 10 of 20 samples\n"

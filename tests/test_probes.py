@@ -16,7 +16,7 @@ from modalmerge.data.batches import drawn_batches
 from modalmerge.data.text import scenes_tokenizer
 from modalmerge.merge.procedures.alignment import align_experts
 from modalmerge.merge.procedures.passes import contrastive_terms
-from modalmerge.model import PRETRAINING_HEADS
+from modalmerge.model import COMPONENTS, PRETRAINING_HEADS
 from modalmerge.probes import CKASums, Path, evaluation_loss, expert_similarity, linear_cka, loss_barriers
 from modalmerge.study.jobs import model_config
 from modalmerge.tasks.retrieval import contrastive_loss, make_batch, similarities
@@ -182,6 +182,7 @@ def test_a_rotated_output_is_alike_and_another_expert_is_not():
     planted = {name.format("text"): state[name.format("vision")] for name in names + norms}
     turn = rotation(16).float()
     planted["layers.0.ffn.text.fc2.weight"] = 2 * turn @ state["layers.0.ffn.vision.fc2.weight"]
+    planted["layers.0.ffn_scale"] = torch.full((16,), 0.3)  # one for all channels, or it would be no rotation
     rotated = {
         (one.layer, one.component): one.cka
         for one in expert_similarity(with_tensors(model, planted), batches)
@@ -191,29 +192,37 @@ def test_a_rotated_output_is_alike_and_another_expert_is_not():
     assert rotated[0, "attention"] < 0.9 and rotated[1, "ffn"] < 0.9
 
 
-def test_it_is_what_the_module_adds_to_the_same_tokens():
-    """The first layer's FFN on text, spelled out: text's attention first, then either network."""
-    model, batches = experts_model(), make_batches()
-    outputs = {"vision": [], "text": []}
-    layer = model.layers[0]
-    with torch.inference_mode():
-        for batch in batches:
-            real = batch["attention_mask"].bool()
-            entered = []
-            hook = layer.norm2["text"].register_forward_pre_hook(
-                lambda module, inputs, to=entered: to.append(inputs[0])
-            )
-            model.before_fusion(model.begin_text(batch["input_ids"], batch["attention_mask"]))
-            hook.remove()
-            for expert, found in outputs.items():
-                found.append(layer.ffn[expert](layer.norm2[expert](entered[0]))[real])
-    wanted = linear_cka(*(torch.cat(found) for found in outputs.values()))
+@pytest.mark.parametrize("component", ["attention", "ffn"])
+def test_it_is_what_the_residual_stream_gains(component):
+    """States of the first layer on text after the component, less those before it, by text's own and by vision's."""
+    scale = torch.linspace(0.01, 3, 16)  # of each channel, which no rotation makes up for
+    model = with_tensors(experts_model(), {f"layers.0.{part}_scale": scale for part in ("attention", "ffn")})
+    parts = [f"0.{part}." for part in COMPONENTS[component]]
+    planted = {name: tensor for part in parts for name, tensor in expert_tensors(model, "vision", part).items()}
+    other = with_tensors(model, {name.format("text"): tensor for name, tensor in planted.items()})
+    batches, gained = make_batches(), {}
+    for expert, made in (("vision", other), ("text", copy.deepcopy(model))):
+        states = {"entered": [], "between": [], "left": []}
+        layer = made.layers[0]
+        layer.register_forward_pre_hook(lambda layer, inputs, to=states: to["entered"].append(inputs[0][0][1]))
+        layer.norm2["text"].register_forward_pre_hook(lambda norm, inputs, to=states: to["between"].append(inputs[0]))
+        layer.register_forward_hook(lambda layer, inputs, outputs, to=states: to["left"].append(outputs[0]))
+        with torch.inference_mode():
+            for batch in batches:
+                made.before_fusion(made.begin_text(batch["input_ids"], batch["attention_mask"]))
+        before, after = ("entered", "between") if component == "attention" else ("between", "left")
+        gained[expert] = torch.cat(
+            [
+                (new - old)[batch["attention_mask"].bool()]
+                for batch, old, new in zip(batches, states[before], states[after], strict=True)
+            ]
+        )
     (found,) = (
         one.cka
         for one in expert_similarity(model, batches)
-        if (one.layer, one.component, one.on, one.experts) == (0, "ffn", "text", ("vision", "text"))
+        if (one.layer, one.component, one.on, one.experts) == (0, component, "text", ("vision", "text"))
     )
-    assert found == pytest.approx(wanted, abs=1e-9)
+    assert found == pytest.approx(linear_cka(gained["vision"], gained["text"]), abs=1e-5)
 
 
 def test_only_what_is_per_modality_is_compared():
@@ -251,18 +260,42 @@ def test_nothing_to_compare_is_said():
 # -- loss barrier -------------------------------------------------------------------------------------------
 
 
+def path_of(experts, by_loss):
+    return Path(experts=experts, layers=(0,), num_elements=1, positions=(0.0, 0.25, 0.5, 0.75, 1.0), by_loss=by_loss)
+
+
 def test_the_barrier_is_the_rise_above_the_straight_line():
     losses = {"both": (1.0, 3.5, 2.0, 4.0, 3.0), "vision": (1.0, 1.0, 1.0, 2.0, 3.0), "text": (1.0, 1.0, 2.0, 2.0, 2.0)}
-    positions = (0.0, 0.25, 0.5, 0.75, 1.0)
-    path = Path(experts=("vision", "text"), layers=(0,), num_elements=1, positions=positions, losses=losses)
-    assert path.name == "vision-text"
+    path = path_of(("vision", "text"), {"uni-modal": losses})
+    assert path.name == "vision-text" and path.losses == losses
     assert path.excess() == (0.0, 2.0, 0.0, 1.5, 0.0) and path.barrier() == 2.0
     assert path.barrier("vision") == 0.0 and path.barrier("text") == 0.5
     assert path.lowest() == (0.0, 1.0) and path.lowest("vision") == (0.0, 1.0)
 
 
-def test_the_loss_is_the_mean_of_all_directions_and_paths():
-    model, (batch,) = experts_model(), make_batches(8, 8)
+def test_a_loss_that_cannot_move_halves_no_barrier():
+    """Only the joint path has the joint expert in it; the mean of both losses rises by half of what it does there."""
+    still, up = (1.0,) * 5, (1.0, 1.0, 3.0, 2.0, 1.0)
+    joint = {"both": up, "vision": still, "joint": up}
+    path = path_of(("vision", "joint"), {"uni-modal": {"both": up, "vision": up, "joint": still}, "joint": joint})
+    assert path.losses == {"both": up, "vision": (1.0, 1.0, 2.0, 1.5, 1.0), "joint": (1.0, 1.0, 2.0, 1.5, 1.0)}
+    assert [path.barrier(moved) for moved in ("both", "vision", "joint")] == [2.0, 2.0, 2.0]
+    assert path.moving() == ("uni-modal", "joint") and path.moving("vision") == ("uni-modal",)
+    assert path.barriers() == {
+        "uni-modal": {"both": 2.0, "vision": 2.0, "joint": None},
+        "joint": {"both": 2.0, "vision": None, "joint": 2.0},
+    }
+
+
+def test_the_cost_is_of_the_best_average_and_no_barrier_shows_it():
+    bowl, first, second = (5.0, 3.0, 2.5, 3.0, 4.0), (1.0, 2.0, 3.0, 3.5, 4.0), (5.0, 4.0, 3.0, 2.0, 1.0)
+    path = path_of(("vision", "text"), {"uni-modal": {"both": bowl, "vision": first, "text": second}})
+    assert path.barrier() == 0.0 and path.cost == 1.5
+
+
+@pytest.mark.parametrize("fusion_start, losses", [(1, ["uni-modal", "joint"]), (2, ["uni-modal"])])
+def test_each_loss_is_that_of_one_path_both_directions(fusion_start, losses):
+    model, (batch,) = experts_model(fusion_start=fusion_start), make_batches(8, 8)
     with torch.inference_mode():
         image, text = (
             model.image_features(batch["pixel_values"]),
@@ -270,8 +303,9 @@ def test_the_loss_is_the_mean_of_all_directions_and_paths():
         )
         alone = contrastive_loss(similarities(image, text, model.head("contrastive").logit_scale))
         terms = -contrastive_terms(model, batch)
-        assert float(terms[:16].mean()) == pytest.approx(float(alone), rel=1e-6)
-        assert evaluation_loss(model, [batch]) == pytest.approx(float(terms.mean()), rel=1e-6)
+        found = evaluation_loss(model, [batch])
+    assert list(found) == losses and found["uni-modal"] == pytest.approx(float(alone), rel=1e-6)
+    assert list(found.values()) == pytest.approx([float(part.mean()) for part in terms.split(16)], rel=1e-6)
 
 
 def test_every_curve_is_that_of_models_built_by_hand():
@@ -284,7 +318,8 @@ def test_every_curve_is_that_of_models_built_by_hand():
         with torch.inference_mode():
             return evaluation_loss(with_tensors(model, changes), batches)
 
-    assert result.unchanged == by_hand({})
+    assert result.unchanged_by_loss == by_hand({})
+    assert result.unchanged == pytest.approx(sum(by_hand({}).values()) / 2)
     for path in result.paths:
         first, second = (expert_tensors(model, expert) for expert in path.experts)
         shared = sorted(set(first) & set(second))
@@ -293,13 +328,19 @@ def test_every_curve_is_that_of_models_built_by_hand():
             mixed = {name: (1 - position) * first[name] + position * second[name] for name in shared}
             places = {"both": path.experts, **{expert: (expert,) for expert in path.experts}}
             for moved, experts in places.items():
-                found = path.losses[moved][number]
-                loss = by_hand({name.format(e): tensor for name, tensor in mixed.items() for e in experts})
-                assert found == pytest.approx(loss, abs=1e-5)
+                found = {loss: curves[moved][number] for loss, curves in path.by_loss.items()}
+                losses = by_hand({name.format(e): tensor for name, tensor in mixed.items() for e in experts})
+                assert found == pytest.approx(losses, abs=1e-5)
                 if position in (0, 1):
-                    assert found == loss
+                    assert found == losses
+                assert path.losses[moved][number] == pytest.approx((found["uni-modal"] + found["joint"]) / 2)
         assert path.losses[path.experts[0]][0] == path.losses[path.experts[1]][-1] == result.unchanged
         assert len(set(path.losses["both"])) == 5
+        moving = [path.moving(moved) for moved in path.losses]
+        if "joint" in path.experts:  # the joint path ends in joint experts, the other has none of them
+            assert moving == [("uni-modal", "joint"), ("uni-modal",), ("joint",)]
+        else:
+            assert moving == [("uni-modal", "joint")] * 3
 
 
 def test_equal_experts_have_no_barrier():
@@ -356,8 +397,27 @@ def test_batches_weigh_by_their_pairs():
     result = loss_barriers(model, batches, num_points=3)
     assert result.guessing == pytest.approx((4 * math.log(4) + 16 * math.log(16)) / 20)
     with torch.inference_mode():
-        alone = [evaluation_loss(model, [batch]) for batch in batches]
-    assert result.unchanged == pytest.approx((4 * alone[0] + 16 * alone[1]) / 20)
+        few, many = (evaluation_loss(model, [batch]) for batch in batches)
+    for loss, value in result.unchanged_by_loss.items():
+        assert value == pytest.approx((4 * few[loss] + 16 * many[loss]) / 20)
+
+
+@pytest.mark.parametrize(
+    "num_samples, batch_size, sizes",
+    [(3, 2, [3]), (5, 2, [3, 2]), (4, 2, [2, 2]), (7, 3, [3, 2, 2]), (9, 8, [5, 4]), (3, 1, [1, 1, 1]), (1, 8, [1])],
+)
+def test_no_drawn_sample_is_alone_where_two_fit(num_samples, batch_size, sizes):
+    data, parts = micro.pairs(12), []
+
+    def keep(pairs, samples, generator):
+        parts.append(samples)
+        return make_batch(pairs, samples, generator)
+
+    settings = {"num_samples": num_samples, "batch_size": batch_size, "random_seed": 1}
+    batches = list(drawn_batches(data, keep, **settings))
+    assert [len(part) for part in parts] == [len(batch["input_ids"]) for batch in batches] == sizes
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.cat(parts), order[:num_samples])
 
 
 @pytest.mark.parametrize(
@@ -378,7 +438,7 @@ def test_what_has_no_barrier_is_said(changes, given, message):
 def test_weights_that_are_not_finite_are_said():
     model = experts_model()
     bias = torch.full_like(model.state_dict()["layers.0.ffn.text.fc2.bias"], math.nan)
-    with pytest.raises(ValueError, match="the contrastive loss is nan; check the weights"):
+    with pytest.raises(ValueError, match="the uni-modal contrastive loss is nan; check the weights"):
         loss_barriers(with_tensors(model, {"layers.0.ffn.text.fc2.bias": bias}), make_batches())
 
 
@@ -389,10 +449,11 @@ CHANGES = [word for key, value in micro.CHANGES.items() for word in ("--set", f"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models of the micro preset."""
+    """Models of the micro preset, each expert with fresh weights of its own."""
     made = tmp_path_factory.mktemp("models")
     for architecture in ("specific", "agnostic"):
-        save(initial_model(model_config(micro.preset(), architecture), 0), scenes_tokenizer(), made / architecture)
+        model = initial_model(model_config(micro.preset(), architecture), 0, shared_start=False)
+        save(model, scenes_tokenizer(), made / architecture)
     return made
 
 
@@ -418,7 +479,16 @@ def test_the_command_prints_one_document_twice_the_same(barrier, folder):
     assert curve["positions"] == [0.0, 0.5, 1.0] and list(curve["losses"]) == ["both", "vision", "joint"]
     first, middle, second = curve["losses"]["both"]
     assert shown["barrier"]["vision-joint"] == max(0.0, middle - (0.5 * first + 0.5 * second))
-    assert set(shown["barrier_by_modality"]["vision-joint"]) == {"vision", "joint"}
+    by_loss, barriers = shown["by_loss"]["vision-joint"], shown["barrier_by_loss"]["vision-joint"]
+    assert list(by_loss) == list(barriers) == list(shown["unchanged_by_loss"]) == ["uni-modal", "joint"]
+    for moved, losses in curve["losses"].items():
+        alone, joint = (one[moved] for one in by_loss.values())
+        assert losses == pytest.approx([sum(pair) / 2 for pair in zip(alone, joint, strict=True)])
+    assert by_loss["joint"]["vision"] == [shown["unchanged_by_loss"]["joint"]] * 3
+    assert barriers["joint"]["vision"] is None is barriers["uni-modal"]["joint"]
+    movable = {"vision": barriers["uni-modal"]["vision"], "joint": barriers["joint"]["joint"]}
+    assert shown["barrier_by_modality"]["vision-joint"] == movable
+    assert shown["cost"]["vision-joint"] == min(first, middle, second) - shown["unchanged"]
     assert shown["lowest"]["vision-joint"]["loss"] == min(first, middle, second)
     assert (shown["dataset"], shown["split"], shown["num_samples"]) == ("scenes", "validation", 12)
     assert (shown["loss"], shown["unit"], shown["batch_size"], shown["random_seed"]) == ("contrastive", "nats", 6, 0)
@@ -436,14 +506,30 @@ def test_the_command_prints_a_table(barrier):
     code, out, err = barrier()
     assert (code, err) == (0, "")
     lines = out.splitlines()
+    shown = json.loads(barrier("--json", "")[1])
     assert lines[0].startswith("contrastive loss in nats over 12 pairs of scenes (validation):")
     assert lines[0].endswith("1.792 by guessing")
     assert lines[3].split()[:2] == ["vision-text", "both"] and lines[4].split()[0] == "vision"
     assert all(set(line.split()[-1]) <= set("▁▂▃▄▅▆▇█") for line in lines[3:12])
+    assert lines[2].split()[4:10] == ["moved", "cost", "barrier", "at", "uni-modal", "joint"]
+    both, vision, joint = (line.split() for line in lines[6:9])
+    assert both[:3] == ["vision-joint", "both", f"{shown['cost']['vision-joint']:+.3f}"]
+    height = {moved: f"{value:.3f}" for moved, value in shown["barrier_by_modality"]["vision-joint"].items()}
+    assert vision[:2] + vision[3:5] == ["vision", height["vision"], height["vision"], "-"]
+    assert joint[:2] + joint[3:5] == ["joint", height["joint"], "-", height["joint"]]
+    assert "what the best average of the two\ncosts before any training" in out
+    assert "Barriers of `uni-modal` and `joint` are of the loss on that path alone" in out
+    assert max(len(line) for line in lines) <= 120
     assert "A barrier is how far the loss rises above the straight line" in out and "CKA" not in out
     code, out, _ = barrier("--cka", "")
     rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["ffn"]]
     assert [len(row) for row in rows] == [5, 5, 5, 11] and "1 is the same up to rotation" in out
+
+
+def test_an_odd_number_in_twos_leaves_no_pair_alone(barrier):
+    code, out, err = barrier("--num-samples", 3, "--batch-size", 2, "--json", "")
+    assert code == 0, err
+    assert json.loads(out)["guessing"] == pytest.approx(math.log(3))
 
 
 def test_a_curve_is_drawn_between_the_smallest_and_the_largest_loss():

@@ -1,7 +1,7 @@
 """The command that probes a model with experts on data."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MEANING = """\
-A barrier is how far the loss rises above the straight line between the ends of a path: near 0, averaging two experts
-costs what its ends make one expect; high, the average is worse than that. The ends are the model with one expert in the
-place of the other and may themselves be bad, so compare the lowest loss of `both` with that of the model as it is. What
-training after a merge makes of it, no barrier says."""
+`cost` is how much higher than that of the model as it is the lowest loss of `both` is: what the best average of the two
+costs before any training. A barrier is how far the loss rises above the straight line between the ends of a path: near
+0, averaging two experts costs what its ends make one expect; high, the average is worse than that. The ends are the
+model with one expert in the place of the other and may themselves be bad, so a barrier of 0 does not say that the cost
+is low. Barriers of {losses} are of the loss on that path alone, - where it does not move;
+`barrier` is of the mean of those that move. What training after a merge makes of it, neither cost nor barrier says."""
 _ALIKE = """\
 CKA of what two experts of a component add to the very same tokens, those of the first expert / those of the second:
 1 is the same up to rotation, shift and scale, 0 is unrelated."""
@@ -74,24 +76,33 @@ def _barrier_lines(measured: "LossBarriers", source: str) -> list[str]:
     """Lay one line out for every curve; all curves are drawn on one scale."""
     losses = [loss for path in measured.paths for curve in path.losses.values() for loss in curve]
     low, high = min(losses), max(losses)
+    names = measured.unchanged_by_loss
     lines = [
         f"contrastive loss in {measured.unit} over {source}: {measured.unchanged:.3f} as the model is, "
         f"{measured.guessing:.3f} by guessing",
         "",
-        f"{'from 0 to 1':14} {'moved':8} {'barrier':>8} {'at':>5} {'loss at 0':>9} {'at 1':>7} {'lowest':>7} {'at':>5} "
-        f" curve, {low:.2f} to {high:.2f}",
+        f"{'from 0 to 1':14} {'moved':6} {'cost':>6} {'barrier':>7} {'at':>4}{_cells(names)} "
+        f"{'loss at 0':>9} {'at 1':>6} {'lowest':>6} {'at':>4}  curve, {low:.2f} to {high:.2f}",
     ]
     for path in measured.paths:
         name = path.name
         for moved, curve in path.losses.items():
             height, (position, lowest) = path.barrier(moved), path.lowest(moved)
             peak = f"{path.positions[path.excess(moved).index(height)]:.2f}" if height > 0 else "-"
+            cost = f"{path.cost:+.3f}" if name else ""  # of `both`, the first
+            alone = [barriers[moved] for barriers in path.barriers().values()]
             lines.append(
-                f"{name:14} {moved:8} {height:8.3f} {peak:>5} {curve[0]:9.3f} {curve[-1]:7.3f} {lowest:7.3f} "
-                f"{position:5.2f}  {_sparkline(curve, low, high)}"
+                f"{name:14} {moved:6} {cost:>6} {height:7.3f} {peak:>4}"
+                f"{_cells('-' if value is None else f'{value:.3f}' for value in alone)} "
+                f"{curve[0]:9.3f} {curve[-1]:6.3f} {lowest:6.3f} {position:4.2f}  {_sparkline(curve, low, high)}"
             )
             name = ""
-    return [*lines, "", _MEANING]
+    return [*lines, "", _MEANING.format(losses=" and ".join(f"`{name}`" for name in names))]
+
+
+def _cells(texts: Iterable[str]) -> str:
+    """Lay out one cell for every loss."""
+    return "".join(f" {text:>9}" for text in texts)
 
 
 def _sparkline(values: Sequence[float], low: float, high: float) -> str:

@@ -111,17 +111,23 @@ def drawn_batches(
     batch_size: int,
     random_seed: int,
 ) -> Iterator[Batch]:
-    """Draw samples and make batches of them, of about equal size, so that no sample is left alone.
+    """Draw samples and make batches of them, of about equal size, so that none is left alone where 2 fit in a batch.
 
     Args:
         make_batch: a task's.
         num_samples: how many of `data`, at most all.
-        batch_size: most in a batch.
+        batch_size: most in a batch, but that of an odd number in twos one batch has 3.
         random_seed: decides which samples, and what `make_batch` draws.
+
+    Raises:
+        ValueError: `num_samples` is below 1 or more than the split holds.
     """
     if not 1 <= num_samples <= len(data):
         raise ValueError(f"num_samples must be in [1, {len(data)}], which the split holds; got {num_samples}")
     generator = torch.Generator().manual_seed(random_seed)
     drawn = torch.randperm(len(data), generator=generator)[:num_samples]
-    for part in drawn.tensor_split(-(-num_samples // batch_size)):
+    num_batches = -(-num_samples // batch_size)
+    if batch_size > 1:
+        num_batches = max(1, min(num_batches, num_samples // 2))
+    for part in drawn.tensor_split(num_batches):
         yield make_batch(data, part, generator)
