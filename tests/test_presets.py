@@ -6,6 +6,7 @@ import yaml
 from modalmerge.merge.methods import METHODS
 from modalmerge.merge.plan import resolve_settings
 from modalmerge.merge.procedures import OWN_SETTINGS
+from modalmerge.report.run import Run
 from modalmerge.study import PRESETS, apply_changes, load_preset, read_preset, to_dict
 from modalmerge.study.candidates import CANDIDATES, candidates
 from modalmerge.study.presets import BASIC_METHODS, REPAIRS, from_dict, what_differs
@@ -161,6 +162,13 @@ def test_expert_sets_are_every_combination():
     assert alone.name == "specific-0.25-1", "where nothing is named, it is as in the recipe"
 
 
+def test_the_report_names_the_sets_as_the_study_does():
+    for settings in ({}, {"seed_fractions": "[0, 0.25]"}, {"architectures": "ffn,norms", "rate_factors": "[0.3, 1]"}):
+        preset = changed(**settings)
+        run = Run(name="", preset=to_dict(preset), cells=[], curves=[], predictions=[])
+        assert run.asked["expert_sets"] == [expert_set.name for expert_set in preset.expert_sets]
+
+
 def test_a_file_of_before_the_further_fields_is_read(tmp_path):
     values = to_dict(load_preset("tiny"))
     later = ("methods", "repairs", "keep_fractions", "healing", "continued_steps", "statistics_samples")
@@ -187,12 +195,16 @@ def test_a_file_of_before_the_further_fields_is_read(tmp_path):
         ({"keep_fractions": "[0.5, 0]"}, r"keep_fractions must be in \(0, 1\], got \[0.5, 0.0\]"),
         ({"keep_fractions": "[0.5, 0.5]"}, "keep_fractions must be distinct"),
         ({"keep_fractions": "half"}, "'half' is no tuple"),
-        ({"architectures": "agnostic"}, "architectures: agnostic has no experts, so that nothing can be merged"),
+        ({"architectures": "agnostic"}, "architecture agnostic has no experts, so that no set can be merged"),
         ({"architectures": "attenton"}, "unknown architecture 'attenton'; nearest: 'attention'"),
         ({"architectures": "ffn,ffn"}, "architectures must be distinct"),
         ({"seed_fractions": "[0, 1]"}, "seed_fractions must be 0 or leave a step for the seed .* got 1.0 of 900 steps"),
         ({"seed_fractions": "[0.0001]"}, "seed_fractions must be 0 or leave a step"),
-        ({"rate_factors": "[1, 0]"}, r"rate_factors must be positive, got \[1.0, 0.0\]"),
+        ({"seed_fractions": "[NaN]"}, "seed_fractions must be 0 or leave a step for the seed"),
+        ({"seed_fractions": "[0.25, 0.2501]"}, "too close to each other: some give the same steps"),
+        ({"rate_factors": "[1, 1.0000001]"}, "too close to each other: .* or the same name"),
+        ({"rate_factors": "[1, 0]"}, r"rate_factors must be positive and finite, got \[1.0, 0.0\]"),
+        ({"rate_factors": "[Infinity]"}, "rate_factors must be positive and finite"),
         ({"continued_steps": "0"}, "continued_steps must be at least 1, got 0"),
         ({"statistics_samples": "1"}, "statistics_samples must be at least 2, got 1"),
         ({"healing.num_step": "1"}, "nearest: 'healing.num_steps'"),
@@ -211,6 +223,12 @@ def test_what_differs_is_told():
     ]
     assert what_differs(there, changed(methods="dare", **{"healing.num_steps": "5"}), growing=("methods",)) == [
         "methods: there ['ties'], now ['dare']"
+    ]
+    axes = ("architectures", "seed_fractions", "rate_factors")
+    some = to_dict(changed(seed_fractions="[0, 0.25]"))
+    assert what_differs(some, changed(seed_fractions="[0, 0.25, 0.75]", rate_factors="[0.3, 1]"), growing=axes) == []
+    assert what_differs(some, changed(seed_fractions="[0, 0.25]", rate_factors="[0.3]"), growing=axes) == [
+        "expert sets: there specific-0-1, specific-0.25-1 too"
     ]
     del there["healing"]  # written before there was such a field
     assert what_differs(there, changed(methods="ties")) == []

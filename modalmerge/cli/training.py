@@ -30,7 +30,8 @@ def study(
 ) -> None:
     """Train, merge, fine-tune and measure every model of a study; the same command goes on where it stopped.
 
-    A run can get more random_seeds, methods (names, or all), repairs (names, or all) and keep_fractions with --set.
+    A run can get more random_seeds, methods (names, or all), repairs (names, or all), keep_fractions and expert sets
+    (architectures, seed_fractions, rate_factors) with --set.
     """
     from modalmerge.study.presets import to_dict
 

@@ -105,6 +105,7 @@ def plan(preset: Preset) -> list[Job]:
     jobs = [Job(id="data", kind="data", random_seed=0, weight=0.05 * preset.pretraining.num_steps)]
     for random_seed in preset.random_seeds:
         jobs += _one_repetition(preset, random_seed)
+    assert len({job.id for job in jobs}) == len(jobs), "a job's id is its folder"
     return jobs
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -163,17 +164,26 @@ class Preset:
         for name in ("architectures", "seed_fractions", "rate_factors"):
             _check_distinct(name, getattr(self, name))
         for architecture in self.architectures:
-            if not find(ARCHITECTURES, architecture, "architecture"):
-                raise ValueError(f"architectures: {architecture} has no experts, so that nothing can be merged")
+            find(ARCHITECTURES, architecture, "architecture")
+        total = self.pretraining.num_steps
         for fraction in self.seed_fractions:
-            steps = round(fraction * self.pretraining.num_steps)
-            if not (fraction == 0 or 0 < steps < self.pretraining.num_steps):
+            if not (fraction == 0 or (0 < fraction < 1 and 0 < round(fraction * total) < total)):
                 raise ValueError(
                     f"seed_fractions must be 0 or leave a step for the seed and one for the experts, got {fraction} of "
-                    f"{self.pretraining.num_steps} steps"
+                    f"{total} steps"
                 )
-        if not all(factor > 0 for factor in self.rate_factors):
-            raise ValueError(f"rate_factors must be positive, got {list(self.rate_factors)}")
+        if not all(0 < factor < math.inf for factor in self.rate_factors):
+            raise ValueError(f"rate_factors must be positive and finite, got {list(self.rate_factors)}")
+        for expert_set in self.expert_sets:
+            if not ARCHITECTURES[expert_set.architecture]:
+                raise ValueError(f"architecture {expert_set.architecture} has no experts, so that no set can be merged")
+        steps = [round(fraction * total) for fraction in self.seed_fractions]
+        names = [expert_set.name for expert_set in self.expert_sets]
+        if len(set(steps)) < len(steps) or len(set(names)) < len(names):
+            raise ValueError(
+                f"seed_fractions {list(self.seed_fractions)} and rate_factors {list(self.rate_factors)} are too "
+                f"close to each other: some give the same steps (of {total}), or the same name (of six digits)"
+            )
 
     @property
     def seed_steps(self) -> int:
@@ -347,7 +357,13 @@ def what_differs(there: Mapping[str, Any], now: Preset, *, growing: tuple[str, .
     later = {f.name: values[f.name] for f in dataclasses.fields(now) if f.default is not dataclasses.MISSING}
     there = {**later, **there}
     grown = {name: values[name] for name in growing if set(there.get(name, ())) <= set(values[name])}
-    return list(_differences({**there, **grown}, values))
+    differing = list(_differences({**there, **grown}, values))
+    if differing:
+        return differing
+    # an empty list of expert sets' settings stands for the recipe's, which a longer one need not hold
+    sets = {expert_set.name for expert_set in now.expert_sets}
+    lost = [expert_set.name for expert_set in from_dict(there).expert_sets if expert_set.name not in sets]
+    return [f"expert sets: there {', '.join(lost)} too"] if lost else []
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
