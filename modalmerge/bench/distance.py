@@ -1,16 +1,15 @@
 """Measure all default distances of two checkpoints against their L2 distance alone, in turns.
 
 Each contender runs in a process of its own (`python -m modalmerge.bench.distance CONTENDER FOLDER`), reads the same
-files by the same code on as many threads, and says what processor time that took once everything was imported.
+files by the same code on one thread, and says what processor time that took once everything was imported.
 """
 
 import json
 import math
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +27,18 @@ from modalmerge.registry import find
 MEASURES = ("wall_seconds", "cpu_seconds", "work_seconds", "peak_anonymous_bytes", "peak_rss_bytes")
 
 
-def all_distances(folder: Path, *, num_threads: int) -> float:
+def all_distances(folder: Path) -> float:
     """Measure everything that `modalmerge distance` does by default, nulls and intervals too; returns the L2."""
-    distances = measure_distances({name: folder / name for name in EXPERTS}, num_threads=num_threads)
+    distances = measure_distances({name: folder / name for name in EXPERTS})
     return float(distances.to_dict()["overall"]["l2"]["value"])
 
 
-def l2_alone(folder: Path, *, num_threads: int) -> float:
+def l2_alone(folder: Path) -> float:
     """Measure the L2 distance and nothing else."""
     checkpoints = [open_checkpoint(folder / name) for name in EXPERTS]
     groups, _ = list_groups([checkpoint.infos for checkpoint in checkpoints], experts=EXPERTS)
-    tasks = iter(sorted(groups, key=lambda group: -group.num_elements))
-    found: list[float] = []
-
-    def work() -> None:
-        torch.set_num_threads(1)
-        reader = Reader(checkpoints)
-        for group in _shared(tasks, lock):
-            found.append(_squared_difference(group, reader))
-
-    lock = threading.Lock()
-    threads = [threading.Thread(target=work) for _ in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == len(groups), "a thread failed"
-    return math.sqrt(math.fsum(found))
-
-
-def _shared(tasks: Iterator[Group], lock: threading.Lock) -> Iterator[Group]:
-    while True:
-        with lock:
-            task = next(tasks, None)
-        if task is None:
-            return
-        yield task
+    reader = Reader(checkpoints)
+    return math.sqrt(math.fsum(_squared_difference(group, reader) for group in groups))
 
 
 def _squared_difference(group: Group, reader: Reader) -> float:
@@ -84,8 +59,9 @@ def run_contender(name: str, folder: Path) -> dict[str, float]:
     Returns:
         `seconds` of processor time, and the `l2` that it found.
     """
+    torch.set_num_threads(1)  # as many as distances take
     began = time.process_time()
-    l2 = find(CONTENDERS, name, "contender")(folder, num_threads=min(8, os.cpu_count() or 1))
+    l2 = find(CONTENDERS, name, "contender")(folder)
     return {"seconds": time.process_time() - began, "l2": l2}
 
 

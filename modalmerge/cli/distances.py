@@ -39,7 +39,7 @@ def distance(
         ),
     ] = False,
     random_seed: Annotated[int, typer.Option(help="Decides shuffles and resamples.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="Threads; 0 for one per core, at most 8.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; more gain little. 0: one per core.", min=0)] = 1,
     worst: Annotated[int, typer.Option(help="Components of layers to show, furthest apart first.", min=0)] = 10,
     study: Annotated[
         Path | None, typer.Option(help="Run of a study, or its cells.jsonl, to predict the drop of a merge from.")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def measure(
     density: float = DENSITY,
     random_seed: int = 0,
     subspace: bool = False,
-    num_threads: int = 0,
+    num_threads: int = 1,
     report: Callable[[int, int], None] | None = None,
 ) -> Distances:
     """Measure how far apart the experts inside a checkpoint are, or several checkpoints of equal names.
@@ -119,7 +120,7 @@ def measure(
         density: share of every change that truncation keeps, largest first, in (0, 1].
         random_seed: of the shuffles that nulls are made of, and of the resamples of intervals.
         subspace: also measure subspace alignment, which decomposes every matrix, whole in memory in float64.
-        num_threads: 0 for one per core, at most 8.
+        num_threads: more than one gains little; 0 for one per core, at most 8.
         report: called now and then with the bytes that are read and the bytes there are.
 
     Returns:
@@ -152,7 +153,7 @@ def measure(
             inputs,
             density=density,
             random_seed=random_seed,
-            num_threads=num_threads or None,
+            num_threads=num_threads or min(8, os.cpu_count() or 1),
             subspace=subspace,
             report=report,
         )

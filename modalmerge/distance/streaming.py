@@ -1,11 +1,10 @@
 """Measure what distances are made of, piece by piece, in at most two passes over the files.
 
-Every thread takes the next parameter, the largest first, and goes through its pieces: reading and arithmetic release
-the interpreter's lock, so that they overlap. A short sample of the parameter says nearly where truncation cuts; with
-that one pass is enough, and the few elements of which it is not sure wait for its end in memory. Where they would be
-too many, as where a size is shared by many, the pass counts sizes instead, so that the second leaves few. Where the
-sample misled, the second goes by elements of every piece. Should that mislead too, which takes data made for it, the
-parameter is read once more, by what the passes have proved.
+Every thread takes the next parameter, the largest first, and goes through its pieces. A short sample of the parameter
+says nearly where truncation cuts; with that one pass is enough, and the few elements of which it is not sure wait for
+its end in memory. Where they would be too many, as where a size is shared by many, the pass counts sizes instead, so
+that the second leaves few. Where the sample misled, the second goes by elements of every piece. Should that mislead
+too, which takes data made for it, the parameter is read once more, by what the passes have proved.
 
 Changes of 16-bit numbers are computed in float32, in which they are exact or right to the last bit; so are products and
 shares, and added up in float64, products by way of 2^12 in float32. Squared norms and differences are right to 1e-6 of
@@ -16,7 +15,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -46,7 +44,7 @@ def measure_groups(
     *,
     density: float = 0.5,
     random_seed: int = 0,
-    num_threads: int | None = None,
+    num_threads: int = 1,
     subspace: bool = False,
     report: Report | None = None,
 ) -> tuple[list[ParameterSums], list[str]]:
@@ -57,7 +55,8 @@ def measure_groups(
         inputs: what their sources name by number: the experts' checkpoints in the order given there, then the base.
         density: share of every change that truncation keeps, in (0, 1].
         random_seed: of the shuffles that nulls are made of.
-        num_threads: None for one per core, up to 8. Results do not depend on it.
+        num_threads: at least 1; results do not depend on it. Operations on a piece are so short that two threads wait
+            for the interpreter's lock most of the time: they took 10 % less time and 45 % more of the processors.
         subspace: also measure alignment, which needs every matrix whole, and its singular vectors.
         report: called with the bytes done and those to do.
 
@@ -70,8 +69,6 @@ def measure_groups(
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
-    if num_threads is None:
-        num_threads = min(8, os.cpu_count() or 1)
     state = _State(
         inputs=inputs,
         density=density,
