@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # they take numpy
     from modalmerge.outcomes import Baseline, Correlation, Estimate, LeftOut, Predictor
 
 HEADING = "Distance and outcome"
+MOST_TOLD = 3  # distances in a sentence; all are in the table
 INTRODUCTION = (
     "Can one tell before merging what it will cost? Each dot is one expert set of one random seed: across, how far "
     "apart its experts are; upwards, the drop of zero-shot mean recall from these experts as they are to their "
@@ -194,11 +195,13 @@ def _kind(of: str) -> str:
 
 
 def _told(items: "Sequence[Correlation]") -> str:
-    """List the distances whose interval leaves 0 out, the strongest first; then why others have no interval."""
+    """Name the strongest distances whose interval leaves 0 out; then why others have no interval."""
     told = [item for item in items if item.spearman.is_told_from_zero]
     told.sort(key=lambda item: -abs(item.spearman.value or 0))
-    names = ", ".join(f"{title_of(item.metric)} ({item.spearman.value:+.2f})" for item in told)
-    text = f"{len(told)} of {len(items)} distances: {names}" if told else f"none of {len(items)} distances"
+    names = ", ".join(f"{title_of(item.metric)} ({item.spearman.value:+.2f})" for item in told[:MOST_TOLD])
+    text = f"{len(told)} of {len(items)} distances" if told else f"none of {len(items)} distances"
+    if names:
+        text += f"{', led by' if len(told) > MOST_TOLD else ':'} {names}"
     reasons = dict.fromkeys(item.spearman.reason for item in items if item.spearman.reason)
     return f"{text} ({'; '.join(reasons)})" if reasons else text
 
