@@ -12,6 +12,7 @@ themselves, products of experts to 1e-6 of the product of the norms. Everything 
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from modalmerge.checkpoint.threads import run_threads
 from modalmerge.distance.groups import Group
 from modalmerge.distance.measures import aligned_squares
 from modalmerge.distance.pieces import PIECE, Piece, Range, Readable, Reader, sizes_of, to_bits, to_float
@@ -78,23 +80,12 @@ def measure_groups(
     )
     order = sorted(range(len(groups)), key=lambda number: -groups[number].num_elements)
     tasks = iter([(number, groups[number]) for number in order])
-    threads_before = torch.get_num_threads()
-    threads = [threading.Thread(target=_work, args=(tasks, state), daemon=True) for _ in range(num_threads)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():  # in turns, so that Ctrl-C gets through
-                thread.join(0.2)
-                if report is not None:
-                    report(min(state.done, state.total), state.total)
-    except BaseException:
-        state.stop = True
-        for thread in threads:
-            thread.join()
-        raise
-    finally:
-        torch.set_num_threads(threads_before)
+    run_threads(
+        functools.partial(_work, tasks, state),
+        num_threads=num_threads,
+        stop=functools.partial(setattr, state, "stop", True),
+        report=lambda: report and report(min(state.done, state.total), state.total),
+    )
     if state.error is not None:
         raise state.error
     if report is not None:

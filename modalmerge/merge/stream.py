@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor
 
 from modalmerge.checkpoint import Checkpoint, ShardWriter, TensorInfo
+from modalmerge.checkpoint.threads import run_threads
 from modalmerge.layouts import ZEROS
 from modalmerge.merge.methods.rounding import holds_nonfinite, narrow
 from modalmerge.merge.outputs import Output, Plan, Source
@@ -97,26 +98,14 @@ def run(
         written=plan.num_bytes - sum(output.num_bytes for output in outputs),
     )
     tasks = _tasks(outputs, state)
-    threads_before = torch.get_num_threads()
     # One whole parameter is in memory at a time, and its computation has all threads.
     workers, threads_each = (num_threads, 1) if plan.method in PIECEWISE else (1, num_threads)
-    arguments = (tasks, state, threads_each)
-    threads = [threading.Thread(target=_work, args=arguments, daemon=True) for _ in range(workers)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():  # in turns, so that Ctrl-C gets through
-                thread.join(0.2)
-                if report is not None:
-                    report(state.written, state.total)
-    except BaseException:
-        state.stop = True
-        for thread in threads:
-            thread.join()
-        raise
-    finally:
-        torch.set_num_threads(threads_before)
+    run_threads(
+        functools.partial(_work, tasks, state, threads_each),
+        num_threads=workers,
+        stop=functools.partial(setattr, state, "stop", True),
+        report=lambda: report and report(state.written, state.total),
+    )
     if state.error is not None:
         raise state.error
     if report is not None:
