@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from modalmerge.data import wording
+
 T = TypeVar("T")
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink")
@@ -409,8 +411,19 @@ def words() -> tuple[str, ...]:
     """Return every word that a caption, a question or an answer can hold, sorted."""
     tables = (
         WORDS_FOR_COLOUR, WORDS_FOR_SHAPE, WORDS_FOR_SIZE, WORDS_FOR_TEXTURE, WORDS_FOR_BACKGROUND,
-        WORDS_FOR_RELATION, WORDS_FOR_PLACE, QUESTIONS,
+        WORDS_FOR_RELATION, WORDS_FOR_PLACE, QUESTIONS, wording.STATEMENTS,
+        wording.POSTCARD_WORDS_FOR_COLOUR, wording.POSTCARD_WORDS_FOR_SHAPE, wording.POSTCARD_WORDS_FOR_SIZE,
+        wording.POSTCARD_WORDS_FOR_TEXTURE, wording.POSTCARD_WORDS_FOR_BACKGROUND,
+        wording.POSTCARD_WORDS_FOR_RELATION, wording.POSTCARD_WORDS_FOR_PLACE,
     )  # fmt: skip
     texts = [text for table in tables for group in table.values() for text in group]
-    texts += [*OPENINGS, *WORDS_FOR_NOTHING, *ANSWERS, *ARTICLES, "objects things shapes is and with , : . ?"]
+    texts += [
+        *OPENINGS,
+        *wording.POSTCARD_OPENINGS,
+        *wording.POSTCARD_WORDS_FOR_NOTHING,
+        *WORDS_FOR_NOTHING,
+        *ANSWERS,
+        *ARTICLES,
+        "objects things shapes is and with , : . ?",
+    ]
     return tuple(sorted({word for text in texts for word in re.findall(r"[a-z]+|[,:.?]", text)}))
