@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modalmerge.data import scene_text, scenes
+from modalmerge.data import painting, scene_text, scenes
 from modalmerge.data.scene_text import Facts, Mention, Object, matches
 
 GOLDEN = Path(__file__).parent / "golden" / "scenes.json"
@@ -25,10 +25,10 @@ MEANING = {
 PLACES = {"grey": "grey", "sand": "sand", "beach": "sand", "sky": "sky", "grass": "grass", "lawn": "grass"}
 PLACES |= {"night": "night", "dark": "night", "snow": "snow", "earth": "earth"}
 ATTRIBUTES = {
-    "colour": scenes.COLOURS,
-    "shape": scenes.SHAPES,
-    "size": scenes.SIZES,
-    "texture": scenes.TEXTURES,
+    "colour": scene_text.COLOURS,
+    "shape": scene_text.SHAPES,
+    "size": scene_text.SIZES,
+    "texture": scene_text.TEXTURES,
 }
 
 
@@ -130,7 +130,7 @@ def test_no_object_is_hidden_by_more_than_a_third(gallery: list[scenes.Scene]) -
         areas = []
         for number, item in enumerate(scene.objects):
             blank = np.full((64, 64, 3), -1000, dtype=np.int16)
-            scenes._paint_object(scene_text.Draws(0), blank, item, 64)
+            painting._paint_object(scene_text.Draws(0), blank, owner.astype(np.uint8), item, 64)
             covered = blank[:, :, 0] > -500
             areas.append(covered.sum())
             owner[covered] = number
@@ -146,7 +146,7 @@ def test_image_shows_the_colours_it_is_said_to_show(gallery: list[scenes.Scene])
         top = scene.objects[-1]
         if top.texture == "plain" and top.shape != "ring":
             pixel = scene.image[top.y // 16, top.x // 16].astype(int)
-            distance = {name: abs(pixel - rgb).max() for name, rgb in scenes.RGB_OF_COLOUR.items()}
+            distance = {name: abs(pixel - rgb).max() for name, rgb in painting.RGB_OF_COLOUR.items()}
             assert min(distance, key=distance.__getitem__) == top.colour
             assert distance[top.colour] <= 10
             checked += 1
@@ -154,14 +154,14 @@ def test_image_shows_the_colours_it_is_said_to_show(gallery: list[scenes.Scene])
 
 
 def test_outlines_fill_what_their_shapes_fill() -> None:
-    share = {shape: scenes.OUTLINES[shape].sum() / 128**2 for shape in scenes.SHAPES}
+    share = {shape: painting.OUTLINES[shape].sum() / 128**2 for shape in scene_text.SHAPES}
     assert share["circle"] == pytest.approx(np.pi / 4, abs=0.03)
     assert share["square"] == pytest.approx((114 / 128) ** 2, abs=0.01)
     assert share["triangle"] == pytest.approx(252 * 228 / 2 / 256**2, abs=0.01)
     assert share["ring"] == pytest.approx(np.pi / 4 * (126**2 - 72**2) / 128**2, abs=0.01)
     assert 0.2 < share["star"] < 0.4
     assert 0.4 < share["cross"] < 0.6
-    for outline in scenes.OUTLINES.values():
+    for outline in painting.OUTLINES.values():
         assert not outline[[0, -1]].any()
         assert not outline[:, [0, -1]].any()
         # every shape is its own mirror image, but for points on an edge
@@ -248,7 +248,7 @@ def read(caption: str) -> Facts:
                 looks[name] = word
         if word in ("two", "three", "four"):
             count = ("two", "three", "four").index(word) + 2
-        elif word in scenes.SHAPES or word in ("object", "thing", "shape"):
+        elif word in scene_text.SHAPES or word in ("object", "thing", "shape"):
             mentions.append({"colour": None, "shape": None} | looks)
             looks = {}
             if pending:
@@ -325,13 +325,13 @@ def only(objects: tuple[Object, ...], words: list[str]) -> Object:
 def answer(question: str, objects: tuple[Object, ...], background: str) -> tuple[str, str]:
     """Work out type and answer of a question from its words alone."""
     words = question.split()
-    named = [word for word in words if word in (*scenes.COLOURS, *scenes.SHAPES, "object")]
+    named = [word for word in words if word in (*scene_text.COLOURS, *scene_text.SHAPES, "object")]
     if "background" in words or question == "where are the objects":
         return "background", background
     if {"many", "number"} & set(words):
         return "count", {2: "two", 3: "three", 4: "four"}[len(objects)]
     if {"left", "side"} & set(words):
-        nouns = [place for place, word in enumerate(named) if word in scenes.SHAPES]
+        nouns = [place for place, word in enumerate(named) if word in scene_text.SHAPES]
         halves = [named[: nouns[0] + 1], named[nouns[0] + 1 :]]
         one, other = (only(objects, half) for half in halves)
         if "side" in words:
@@ -525,7 +525,7 @@ def test_sheet_as_picture(tmp_path: Path) -> None:
 def test_sheet_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.html or \.png, got 'sheet\.pdf'"):
         scenes.write_sheet(tmp_path / "sheet.pdf", num=1)
-    with pytest.raises(ValueError, match="num must be at least 1 scene, got 0"):
+    with pytest.raises(ValueError, match="num must be at least 1, got 0"):
         scenes.write_sheet(tmp_path / "sheet.png", num=0)
 
 

@@ -38,14 +38,16 @@ def test_ids_depend_on_the_set_of_words_alone() -> None:
 
 
 def test_the_scenes_vocabulary_is_closed() -> None:
-    assert 80 <= len(TOKENIZER) <= 150
+    assert len(TOKENIZER) == 158
     assert [TOKENIZER.convert_ids_to_tokens(number) for number in range(5)] == list(text.SPECIALS)
     drawn = [scenes.draw(0, "pretrain", index, image_size=16) for index in range(400)]
-    captions = [caption for scene in drawn for caption in scene.captions]
+    cards = [scenes.draw(0, "pretrain", index, image_size=16, domain="postcards") for index in range(400)]
+    captions = [caption for scene in (*drawn, *cards) for caption in scene.captions]
     asked = [question for scene in drawn for question in (*scene.questions, *scene.answers)]
-    assert len(captions) == 2000
+    said = [scenes.draw_pair(0, "pretrain", index, image_size=16).statement for index in range(0, 800, 2)]
+    assert len(captions) == 4000
     used = set()
-    for texts in (captions, asked, [f"{question}?" for question in asked]):
+    for texts in (captions, said, asked, [f"{question}?" for question in asked]):
         ids, attention_mask = text.encode(TOKENIZER, texts, max_length=64)
         assert not (ids == text.UNK).any()
         assert ids.shape[1] <= 22

@@ -6,22 +6,21 @@ its `Facts`, and `matches` is the reader that decides whether they hold in a sce
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import permutations
 from typing import TypeVar
 
 import numpy as np
 
-from modalmerge.data import wording
+from modalmerge.data.wording import ARTICLES, COUNTS, POSTCARDS, QUESTIONS, SCENES, STATEMENTS, THINGS, Wording
 
 T = TypeVar("T")
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-BACKGROUNDS = ("grey", "sand", "sky", "grass", "night", "snow", "earth")
-TEXTURES = ("plain", "striped", "dotted")
-SIZES = ("small", "large")
-COUNTS = ("two", "three")
+COLOURS = tuple(SCENES.colours)
+SHAPES = tuple(SCENES.shapes)
+BACKGROUNDS = tuple(SCENES.backgrounds)
+TEXTURES = tuple(SCENES.textures)
+SIZES = tuple(SCENES.sizes)
 ANSWERS = (*COLOURS, *SHAPES, *BACKGROUNDS, *SIZES, *COUNTS, "yes", "no", "left", "right")
 
 CANVAS = 1024  # side of a scene in its own units, so that every image size shows the same scene
@@ -33,48 +32,6 @@ NUM_QUESTIONS = 4
 QUESTION_TYPES = {  # type -> number of answers, which is also its weight
     "colour": 7, "shape": 6, "background": 7, "size": 2, "count": 2, "exists": 2, "side": 2,
 }  # fmt: skip
-
-ARTICLES = ("a", "an", "the")
-WORDS_FOR_COLOUR = {colour: (colour,) for colour in COLOURS}
-WORDS_FOR_SHAPE = {shape: (shape,) for shape in SHAPES}
-WORDS_FOR_NOTHING = ("object", "thing", "shape")
-WORDS_FOR_SIZE = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
-WORDS_FOR_TEXTURE = {
-    "plain": ("plain", "solid"),
-    "striped": ("striped", "lined"),
-    "dotted": ("dotted", "spotted"),
-}
-WORDS_FOR_BACKGROUND = {
-    "grey": ("on a grey wall", "in front of a grey wall", "on grey"),
-    "sand": ("on sand", "on the sand", "on a beach"),
-    "sky": ("in the sky", "against the sky", "on a sky background"),
-    "grass": ("on grass", "on the grass", "on a lawn"),
-    "night": ("at night", "in the dark", "on a night background"),
-    "snow": ("on snow", "in the snow", "on a snow field"),
-    "earth": ("on earth", "on the earth", "on brown earth"),
-}
-WORDS_FOR_RELATION = {
-    "left": ("left of", "to the left of"),
-    "right": ("right of", "to the right of"),
-    "above": ("above", "higher than"),
-    "below": ("below", "lower than"),
-}
-WORDS_FOR_PLACE = {
-    "left": ("on the left",),
-    "right": ("on the right",),
-    "above": ("at the top",),
-    "below": ("at the bottom",),
-}
-OPENINGS = ("", "", "", "", "there is", "a picture of", "this image shows", "we see")
-QUESTIONS = {
-    "colour": ("what colour is the {}", "which colour does the {} have", "the {} has which colour"),
-    "shape": ("what shape is the {}", "which shape does the {} have", "the {} has which shape"),
-    "background": ("what is the background", "which background is this", "where are the objects"),
-    "size": ("what size is the {}", "is the {} small or large", "how big is the {}"),
-    "count": ("how many objects are there", "how many things do we see", "what is the number of objects"),
-    "exists": ("is there {}", "do we see {}", "does this image show {}"),
-    "side": ("is the {} left or right of the {}", "on which side of the {1} is the {0}"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,13 +169,15 @@ PERCENT_BRIEF = 30  # captions without articles and opening, as in "red circle, 
 BITS_OF_CHOICE = {2: 280, 3: 330}
 
 
-def captions(draws: Draws, objects: Sequence[Object], background: str) -> tuple[list[str], list[Facts]]:
+def captions(
+    draws: Draws, objects: Sequence[Object], background: str, *, wording: Wording = SCENES
+) -> tuple[list[str], list[Facts]]:
     """Draw five different true captions of a scene, and what each of them claims."""
     texts: list[str] = []
     claims: list[Facts] = []
     while len(texts) < NUM_CAPTIONS:
         facts = _draw_facts(draws, objects, background)
-        text = _tell(draws, facts)
+        text = _tell(draws, facts, wording)
         if text not in texts and _count_words(text) <= MAX_WORDS:
             texts.append(text)
             claims.append(facts)
@@ -261,13 +220,13 @@ def _draw_facts(draws: Draws, objects: Sequence[Object], background: str) -> Fac
                 continue
             count_said = True
         elif name == "relation":
-            ways = [way for way in WORDS_FOR_RELATION if related(mentioned[0], way, mentioned[1])]
+            ways = [way for way in SCENES.relations if related(mentioned[0], way, mentioned[1])]
             if not ways or any("place" in mention for mention in said):
                 continue
             relations.append((0, draws.pick(ways), 1))
         elif name == "place":
             which = draws.below(num_mentioned)
-            places = [place for place in WORDS_FOR_PLACE if placed(mentioned[which], place)]
+            places = [place for place in SCENES.places if placed(mentioned[which], place)]
             if not places or relations:
                 continue
             said[which]["place"] = draws.pick(places)
@@ -286,13 +245,13 @@ def _draw_facts(draws: Draws, objects: Sequence[Object], background: str) -> Fac
     )
 
 
-def _tell(draws: Draws, facts: Facts) -> str:
+def _tell(draws: Draws, facts: Facts, wording: Wording) -> str:
     """Put claims into words."""
     brief = draws.chance(PERCENT_BRIEF)
-    phrases = [_mention_phrase(draws, mention, brief=brief) for mention in facts.mentions]
+    phrases = [_mention_phrase(draws, mention, wording, brief=brief) for mention in facts.mentions]
     if facts.relations:
         ((one, relation, other),) = facts.relations
-        way = draws.pick(WORDS_FOR_RELATION[relation])
+        way = draws.pick(wording.relations[relation])
         verb = "is " if not brief and draws.chance(30) else ""
         phrases[one : other + 1] = [f"{phrases[one]} {verb}{way} {phrases[other]}"]
     else:
@@ -303,36 +262,37 @@ def _tell(draws: Draws, facts: Facts) -> str:
         link = " and " if draws.chance(75) else " with "
         text = ", ".join(phrases[:-1]) + link + phrases[-1]
     if facts.count is not None:
-        opening = f"{COUNTS[facts.count - 2]} {draws.pick(('objects', 'things', 'shapes'))}: "
+        opening = f"{COUNTS[facts.count - 2]} {draws.pick(THINGS)}: "
     else:
-        opening = "" if verb or brief else draws.pick(OPENINGS)
+        opening = "" if verb or brief else draws.pick(wording.openings)
         opening = opening and opening + " "
     if facts.background is None:
         return opening + text
-    where = draws.pick(WORDS_FOR_BACKGROUND[facts.background])
+    where = draws.pick(wording.backgrounds[facts.background])
     # At the end of a clause with a place ("... on the left on grass") it reads badly, so it goes first.
     if (facts.mentions[-1].place or draws.chance(25)) and not opening:
         return f"{where}, {text}"
     return f"{opening}{text} {where}"
 
 
-def _mention_phrase(draws: Draws, mention: Mention, *, brief: bool) -> str:
+def _mention_phrase(draws: Draws, mention: Mention, wording: Wording, *, brief: bool) -> str:
     words = []
     if mention.size:
-        words.append(draws.pick(WORDS_FOR_SIZE[mention.size]))
+        words.append(draws.pick(wording.sizes[mention.size]))
     if mention.texture:
-        words.append(draws.pick(WORDS_FOR_TEXTURE[mention.texture]))
+        words.append(draws.pick(wording.textures[mention.texture]))
     if mention.colour:
-        words.append(draws.pick(WORDS_FOR_COLOUR[mention.colour]))
-    words.append(draws.pick(WORDS_FOR_SHAPE[mention.shape] if mention.shape else WORDS_FOR_NOTHING))
-    phrase = " ".join(words) if brief else f"{_article(words[0])} {' '.join(words)}"
+        words.append(draws.pick(wording.colours[mention.colour]))
+    words.append(draws.pick(wording.shapes[mention.shape] if mention.shape else wording.nothing))
+    phrase = " ".join(words) if brief else with_article(" ".join(words))
     if mention.place:
-        phrase += " " + draws.pick(WORDS_FOR_PLACE[mention.place])
+        phrase += " " + draws.pick(wording.places[mention.place])
     return phrase
 
 
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+def with_article(phrase: str) -> str:
+    """Put "a" or "an" before a phrase."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def questions(draws: Draws, objects: Sequence[Object], background: str) -> tuple[list[str], list[str]]:
@@ -397,7 +357,7 @@ def _ask_exists(draws: Draws, objects: Sequence[Object]) -> tuple[list[str], str
         shapes = [thing.shape for thing in objects] if plausible else SHAPES
         absent = [(colour, shape) for colour in colours for shape in shapes if (colour, shape) not in present]
         (colour, shape), answer = draws.pick(absent), "no"
-    return [f"{_article(colour)} {colour} {shape}"], answer
+    return [with_article(f"{colour} {shape}")], answer
 
 
 def _refer(draws: Draws, thing: Object) -> str:
@@ -408,22 +368,8 @@ def _refer(draws: Draws, thing: Object) -> str:
 
 
 def words() -> tuple[str, ...]:
-    """Return every word that a caption, a question or an answer can hold, sorted."""
-    tables = (
-        WORDS_FOR_COLOUR, WORDS_FOR_SHAPE, WORDS_FOR_SIZE, WORDS_FOR_TEXTURE, WORDS_FOR_BACKGROUND,
-        WORDS_FOR_RELATION, WORDS_FOR_PLACE, QUESTIONS, wording.STATEMENTS,
-        wording.POSTCARD_WORDS_FOR_COLOUR, wording.POSTCARD_WORDS_FOR_SHAPE, wording.POSTCARD_WORDS_FOR_SIZE,
-        wording.POSTCARD_WORDS_FOR_TEXTURE, wording.POSTCARD_WORDS_FOR_BACKGROUND,
-        wording.POSTCARD_WORDS_FOR_RELATION, wording.POSTCARD_WORDS_FOR_PLACE,
-    )  # fmt: skip
-    texts = [text for table in tables for group in table.values() for text in group]
-    texts += [
-        *OPENINGS,
-        *wording.POSTCARD_OPENINGS,
-        *wording.POSTCARD_WORDS_FOR_NOTHING,
-        *WORDS_FOR_NOTHING,
-        *ANSWERS,
-        *ARTICLES,
-        "objects things shapes is and with , : . ?",
-    ]
-    return tuple(sorted({word for text in texts for word in re.findall(r"[a-z]+|[,:.?]", text)}))
+    """Return every word that a caption, a question, an answer or a statement can hold, sorted."""
+    tables = [getattr(domain, field.name) for domain in (SCENES, POSTCARDS) for field in fields(domain)]
+    tables += [QUESTIONS, STATEMENTS, ANSWERS, ARTICLES, THINGS, ("is and with , : . ?",)]
+    groups = [group for table in tables for group in (table.values() if isinstance(table, dict) else [table])]
+    return tuple(sorted({word for group in groups for text in group for word in re.findall(r"[a-z]+|[,:.?]", text)}))

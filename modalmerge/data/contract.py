@@ -1,0 +1,72 @@
+"""What training and evaluation read: batches of one split of one data set, as one task wants them.
+
+A batch maps names to tensors, and to lists where there is text for people. B samples, T text tokens, S pixels:
+
+    retrieval       pixel_values [B, 3, S, S]; input_ids, attention_mask [N, T] of their captions; owner [N], the place
+                    of each caption's image in the batch, ascending. In training one caption an image, so N = B.
+    vqa             pixel_values [B, 3, S, S]; input_ids, attention_mask [N, T] of their questions; owner [N] as above;
+                    targets [N, answers], the soft score of every answer. Where known question_ids, a list of N, and
+                    human_answers, a list of N lists of ten. Without answers (a test split) no targets.
+    nlvr2           pixel_values [B, 2, 3, S, S]; input_ids, attention_mask [B, T]; labels [B], 1 for true;
+                    identifiers, a list of B. Without labels (a test split) no labels.
+    segmentation    pixel_values [B, 3, S, S]; masks [B, S, S], the class of each pixel, 255 where none is asked for. In
+                    evaluation pixel_values may be [1, 3, H, W] of any size and masks [1, h, w] of the picture's own;
+                    image_ids, a list of B.
+    classification  pixel_values [B, 3, S, S]; labels [B]; image_ids, a list of B.
+
+Ids, masks, owners and labels are int64, pixel values and targets float32.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Batch = dict[str, Any]
+
+
+@runtime_checkable
+class TaskData(Protocol):
+    """One split of one data set, as one task reads it.
+
+    Attributes:
+        dataset: name of the data set, as cells say it.
+        classes: the name of each answer or class, by number; () where the task has none.
+    """
+
+    dataset: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Count the samples: images, or pairs of them."""
+
+    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+        """Make a batch for training; whatever is drawn (captions, crops, flips) is drawn from the generator."""
+
+    def batch(self, samples: Int[Tensor, " B"]) -> Batch:
+        """Make a batch for evaluation; nothing is drawn."""
+
+    def num_texts(self) -> Int[Tensor, " sample"]:
+        """Count the texts of each sample: captions, questions or statements; 0 where the task has none."""
+
+
+def evaluation_batches(data: TaskData, batch_size: int, *, num_workers: int = 0) -> Iterator[Batch]:
+    """Go once through a split, in order.
+
+    Args:
+        data: the split.
+        batch_size: most samples in a batch.
+        num_workers: processes that make batches ahead; 0: none, which is right for arrays in memory.
+    """
+    parts = torch.arange(len(data)).split(batch_size)
+    if not num_workers:
+        yield from map(data.batch, parts)
+        return
+    yield from torch.utils.data.DataLoader(
+        parts,  # type: ignore[arg-type]  # a tuple of tensors is indexed like any data set
+        batch_size=None,
+        collate_fn=data.batch,
+        num_workers=num_workers,
+    )
