@@ -1,21 +1,20 @@
 """Run tasks on a model and data."""
 
-from dataclasses import replace
-
-import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from modalmerge.data.batches import PairArrays
+from modalmerge.data.contract import Batch, TaskData
 from modalmerge.data.text import CLS, SEP
 from modalmerge.model import ModalMergeModel
 from modalmerge.records import Result
 from modalmerge.registry import find
 from modalmerge.tasks import TASKS
 
-GREY = 128  # nothing to see, in the middle of the range that the model takes
+GREY = 128 / 127.5 - 1  # nothing to see, in the middle of the range that the model takes
 
 
-def evaluate(model: ModalMergeModel, task: str, data: PairArrays) -> list[Result]:
+def evaluate(model: ModalMergeModel, task: str, data: TaskData) -> list[Result]:
     """Measure a model on a task.
 
     Args:
@@ -45,19 +44,43 @@ def evaluate(model: ModalMergeModel, task: str, data: PairArrays) -> list[Result
         model.train(was_training)
 
 
-def hide(data: PairArrays, modality: str) -> PairArrays:
+def hide(data: TaskData, modality: str) -> TaskData:
     """Take one modality away: grey images, or texts that are [CLS] [SEP] only. For controls.
 
     Args:
-        modality: `vision` hides images, `text` hides captions and questions.
+        modality: `vision` hides images, `text` hides captions, questions and statements.
 
     Raises:
         ValueError: another modality.
     """
-    if modality == "vision":
-        return replace(data, images=np.broadcast_to(np.uint8(GREY), data.images.shape))
-    if modality == "text":
-        empty = torch.tensor([CLS, SEP])
-        captions, questions = (empty.expand(*texts.shape[:2], 2) for texts in (data.captions, data.questions))
-        return replace(data, captions=captions, questions=questions)
-    raise ValueError(f"hide: modality must be 'vision' or 'text', got {modality!r}")
+    if modality not in ("vision", "text"):
+        raise ValueError(f"hide: modality must be 'vision' or 'text', got {modality!r}")
+    return _Hidden(data, modality)
+
+
+class _Hidden:
+    """A split with one modality hidden."""
+
+    def __init__(self, data: TaskData, modality: str) -> None:
+        self.data, self.modality = data, modality
+        self.dataset, self.classes = data.dataset, data.classes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+        return self._hide(self.data.train_batch(samples, generator))
+
+    def batch(self, samples: Int[Tensor, " B"]) -> Batch:
+        return self._hide(self.data.batch(samples))
+
+    def num_texts(self) -> Int[Tensor, " sample"]:
+        return self.data.num_texts()
+
+    def _hide(self, batch: Batch) -> Batch:
+        if self.modality == "vision":
+            return {**batch, "pixel_values": torch.full_like(batch["pixel_values"], GREY)}
+        if "input_ids" not in batch:
+            return batch
+        ids = torch.tensor([CLS, SEP]).expand(len(batch["input_ids"]), 2)
+        return {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}

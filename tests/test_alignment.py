@@ -6,6 +6,7 @@ import micro
 import pytest
 import torch
 
+from modalmerge.data.arrays import to_pixel_values
 from modalmerge.merge.procedures.alignment import align_checkpoint, align_experts
 from modalmerge.model import expert_map, load
 from modalmerge.train.stages import model_from, save
@@ -69,7 +70,7 @@ def plant(tensors, heads):
 def outputs(model):
     data = micro.pairs(4)
     ids = data.captions[:, 0]
-    pixels, mask = data.pixel_values(range(4)), (ids != 0).long()
+    pixels, mask = to_pixel_values(data.images), (ids != 0).long()
     with torch.inference_mode():
         passes = ({"pixel_values": pixels}, {"input_ids": ids, "attention_mask": mask})
         return [model(**inputs).last_hidden_state for inputs in (*passes, {**passes[0], **passes[1]})]

@@ -17,7 +17,6 @@ from modalmerge.merge.procedures.coefficients import (
 )
 from modalmerge.merge.statistics import identify_tensors
 from modalmerge.model import ModalMergeModel, change_config, expert_map
-from modalmerge.tasks import TASKS
 from modalmerge.train.stages import model_from, start_experts
 
 SETTINGS = CoefficientSettings(num_steps=60, learning_rate=0.03)
@@ -43,9 +42,9 @@ def family():
 
 
 def batches(num=3, size=4, *, random_seed=0, task="retrieval"):
-    data = micro.pairs(num * size, random_seed=random_seed)
+    data = micro.data(task, num * size) if task != "retrieval" else micro.pairs(num * size, random_seed=random_seed)
     generator = torch.Generator().manual_seed(random_seed)
-    return [TASKS[task].make_batch(data, part, generator) for part in torch.arange(num * size).split(size)]
+    return [data.train_batch(part, generator) for part in torch.arange(num * size).split(size)]
 
 
 def mean_loss(objective: Objective, values, num=3):

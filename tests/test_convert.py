@@ -61,7 +61,8 @@ def tiny(architecture="specific", **changes):
 
 class TestNames:
     def test_every_tensor_has_one_name_on_either_side(self):
-        config = tiny_config("mixed", heads=HEADS, num_answers=3)
+        heads = [head for head in HEADS if head != "segmentation"]  # which the authors do not have
+        config = tiny_config("mixed", heads=heads, num_answers=3, num_classes=4, num_token_types=3)
         table = names(config)
         assert set(table) == set(ModalMergeModel(config).state_dict())
         assert len(set(table.values())) == len(table)
@@ -97,7 +98,8 @@ class TestAuthors:
 
     @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixed"])
     def test_there_and_back(self, architecture):
-        config, tensors = tiny(architecture, heads=["pooler", "matching", "vqa"], num_answers=5)
+        heads = ["pooler", "matching", "vqa", "nlvr2", "classification"]
+        config, tensors = tiny(architecture, heads=heads, num_answers=5, num_classes=3, num_token_types=3)
         theirs, there = to_authors(config, tensors, position_ids=True)
         arguments = dict(text_position_range=12, fusion_start=2)
         back, ours, conversion = from_authors(theirs, **arguments)
@@ -230,8 +232,12 @@ class TestRefusals:
                 r"1 unknown: transformer\.norm\.weigth \(nearest: transformer\.norm\.weight\); 1 missing: ",
             ),
             (
+                lambda t: t.update({"snli_classifier.0.bias": torch.zeros(4)}),
+                r"1 unknown: snli_classifier\.0\.bias",
+            ),
+            (
                 lambda t: t.update({"nlvr2_classifier.0.bias": torch.zeros(4)}),
-                r"1 unknown: nlvr2_classifier\.0\.bias",
+                "num_token_types must be at least 3 with the nlvr2 head, got 2",
             ),
             (
                 lambda t: t.update({"transformer.blocks.1.norm1.v.bias": torch.zeros(15)}),

@@ -99,11 +99,15 @@ class TestConfiguration:
         assert (config.grid_size, config.num_image_tokens) == (2, 5)
 
     def test_saved_and_read_again(self, tmp_path):
-        config = tiny_config("mixed", heads=["pooler", "vqa"], num_answers=2, answers=["no", "yes"])
+        config = tiny_config(
+            "mixed", heads=["pooler", "vqa", "segmentation"], num_answers=2, answers=["no", "yes"], num_classes=1,
+            classes=["sky"], segmentation_channels=5,
+        )  # fmt: skip
         config.save_pretrained(tmp_path)
         again = ModalMergeConfig.from_pretrained(tmp_path)
         assert change_config(again).to_dict() == again.to_dict()
-        for key in ("experts", "heads", "answers", "fusion_start", "ffn_size", "early_attention"):
+        kept = ("experts", "heads", "answers", "fusion_start", "ffn_size", "early_attention", "classes")
+        for key in (*kept, "segmentation_blocks", "segmentation_channels"):
             assert getattr(again, key) == getattr(config, key)
 
     def test_change_leaves_the_old_one(self):
@@ -128,6 +132,10 @@ class TestConfiguration:
             (dict(heads=["vqa"]), "num_answers must be positive with the vqa head"),
             (dict(num_answers=3), "num_answers must be positive with the vqa head and 0 without it: 3"),
             (dict(heads=["vqa"], num_answers=2, answers=["no"]), "1 answers are named, num_answers is 2"),
+            (dict(heads=["segmentation"]), "num_classes must be positive with the segmentation or classification head"),
+            (dict(num_classes=3), "num_classes must be positive .* and 0 without them: 3"),
+            (dict(heads=["classification"], num_classes=2, classes=["cat"]), "1 classes are named, num_classes is 2"),
+            (dict(heads=["pooler", "nlvr2"]), "num_token_types must be at least 3 with the nlvr2 head, got 2"),
         ],
     )
     def test_errors(self, changes, message):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from modalmerge.data.arrays import to_pixel_values
 from modalmerge.layouts import load_layout
 from modalmerge.merge.procedures import passes
 from modalmerge.merge.procedures.passes import collect_statistics, contrastive_terms, own_inputs, run_pairs
@@ -36,7 +37,7 @@ def batch(num=6):
     lengths = torch.tensor([3, 6, 4, 5, 3, 4] * 4)[:num]
     mask = (torch.arange(6) < lengths[:, None]).long()
     words = torch.randint(5, len(micro.TOKENIZER), mask.shape, generator=generator)
-    return {"pixel_values": data.pixel_values(slice(None)), "input_ids": words * mask, "attention_mask": mask}
+    return {"pixel_values": to_pixel_values(data.images), "input_ids": words * mask, "attention_mask": mask}
 
 
 def by_hand(made, pair):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modalmerge.cli.probes  # registers the command
+from modalmerge.data.arrays import CaptionArrays
 from modalmerge.data.batches import drawn_batches
 from modalmerge.data.text import scenes_tokenizer
 from modalmerge.merge.procedures.alignment import align_experts
@@ -19,7 +20,7 @@ from modalmerge.merge.procedures.passes import contrastive_terms
 from modalmerge.model import COMPONENTS, PRETRAINING_HEADS
 from modalmerge.probes import CKASums, Path, evaluation_loss, expert_similarity, linear_cka, loss_barriers
 from modalmerge.study.jobs import model_config
-from modalmerge.tasks.retrieval import contrastive_loss, make_batch, similarities
+from modalmerge.tasks.retrieval import contrastive_loss, similarities
 from modalmerge.train.stages import initial_model, save
 
 torch.set_num_threads(1)
@@ -134,7 +135,7 @@ def experts_model(**changes):
 
 def make_batches(num=24, batch_size=8):
     data = micro.pairs(num)
-    return list(drawn_batches(data, make_batch, num_samples=num, batch_size=batch_size, random_seed=0))
+    return list(drawn_batches(data, num_samples=num, batch_size=batch_size, random_seed=0))
 
 
 def with_tensors(model, changes):
@@ -393,7 +394,7 @@ def test_measuring_changes_nothing_and_repeats():
 
 def test_batches_weigh_by_their_pairs():
     model, data = experts_model(), micro.pairs(20)
-    batches = [make_batch(data, torch.arange(*ends), torch.Generator().manual_seed(0)) for ends in ((0, 4), (4, 20))]
+    batches = [data.train_batch(torch.arange(*ends), torch.Generator().manual_seed(0)) for ends in ((0, 4), (4, 20))]
     result = loss_barriers(model, batches, num_points=3)
     assert result.guessing == pytest.approx((4 * math.log(4) + 16 * math.log(16)) / 20)
     with torch.inference_mode():
@@ -407,14 +408,16 @@ def test_batches_weigh_by_their_pairs():
     [(3, 2, [3]), (5, 2, [3, 2]), (4, 2, [2, 2]), (7, 3, [3, 2, 2]), (9, 8, [5, 4]), (3, 1, [1, 1, 1]), (1, 8, [1])],
 )
 def test_no_drawn_sample_is_alone_where_two_fit(num_samples, batch_size, sizes):
-    data, parts = micro.pairs(12), []
+    parts = []
 
-    def keep(pairs, samples, generator):
-        parts.append(samples)
-        return make_batch(pairs, samples, generator)
+    class Kept(CaptionArrays):
+        def train_batch(self, samples, generator):
+            parts.append(samples)
+            return super().train_batch(samples, generator)
 
+    data = Kept(**vars(micro.pairs(12)))
     settings = {"num_samples": num_samples, "batch_size": batch_size, "random_seed": 1}
-    batches = list(drawn_batches(data, keep, **settings))
+    batches = list(drawn_batches(data, **settings))
     assert [len(part) for part in parts] == [len(batch["input_ids"]) for batch in batches] == sizes
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     assert torch.equal(torch.cat(parts), order[:num_samples])

@@ -1,129 +1,43 @@
+"""What every task must hold, and losses, passes and predictions of each by hand."""
+
+import importlib
 from dataclasses import replace
 
 import micro
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch.nn import functional
 
 from modalmerge.data.text import CLS, SEP
 from modalmerge.evaluate import evaluate, hide
-from modalmerge.model import HEADS
-from modalmerge.tasks import TASKS, metrics, retrieval, vqa
+from modalmerge.model import HEADS, expert_map, load, to_authors
+from modalmerge.tasks import TASKS, classification, metrics, nlvr2, retrieval, vqa
+from modalmerge.train.stages import save, start_experts, with_task_head
 
 torch.set_num_threads(1)
+
+WITH_TEXT = [name for name in TASKS if name not in ("segmentation", "classification")]
+WITH_CLASSES = ["vqa", "segmentation", "classification"]
+EARLY = pytest.mark.parametrize("early_attention", ["separate", "joint"])
 
 
 def values(results):
     return {result.metric: result.value for result in results}
 
 
-# -- ranks and recalls --------------------------------------------------------------------------------------
+def module_of(name):
+    return importlib.import_module(f"modalmerge.tasks.{name}")
 
 
-@st.composite
-def galleries(draw):
-    """Features of whole numbers, so that ties happen and products are exact; each image owns at least one text."""
-    num_images, size = draw(st.integers(1, 7)), draw(st.integers(1, 3))
-    owner = list(range(num_images)) + draw(st.lists(st.integers(0, num_images - 1), max_size=8))
-    owner = draw(st.permutations(owner))
-    number = st.integers(-2, 2)
-    image = draw(st.lists(st.lists(number, min_size=size, max_size=size), min_size=num_images, max_size=num_images))
-    text = draw(st.lists(st.lists(number, min_size=size, max_size=size), min_size=len(owner), max_size=len(owner)))
-    return torch.tensor(image).float(), torch.tensor(text).float(), torch.tensor(owner)
+def without(data, *keys):
+    """The same data with nothing under some keys, as a split that is not labelled."""
 
+    class Unlabelled(type(data)):
+        def batch(self, samples):
+            return {key: value for key, value in super().batch(samples).items() if key not in keys}
 
-def ranks_one_by_one(image, text, owner):
-    scores, owner = (image @ text.T).tolist(), owner.tolist()
-    text_rank, image_rank = [], []
-    for i, row in enumerate(scores):
-        best = max(score for score, o in zip(row, owner, strict=True) if o == i)
-        text_rank.append(1 + sum(score >= best for score, o in zip(row, owner, strict=True) if o != i))
-    for t, o in enumerate(owner):
-        image_rank.append(1 + sum(scores[i][t] >= scores[o][t] for i in range(len(scores)) if i != o))
-    return text_rank, image_rank
-
-
-@given(galleries(), st.integers(1, 20))
-@settings(max_examples=150, deadline=None)
-def test_ranks_are_those_counted_one_by_one(gallery, block):
-    text_rank, image_rank = metrics.ranks(*gallery, block=block)
-    assert (text_rank.tolist(), image_rank.tolist()) == ranks_one_by_one(*gallery)
-    recalled = values(metrics.recalls(text_rank, image_rank))
-    for k in (1, 5, 10):
-        expected = 100 * sum(rank <= k for rank in text_rank.tolist()) / len(text_rank)
-        assert recalled[f"text_recall_{k}"] == pytest.approx(expected)
-        expected = 100 * sum(rank <= k for rank in image_rank.tolist()) / len(image_rank)
-        assert recalled[f"image_recall_{k}"] == pytest.approx(expected)
-    six = [value for metric, value in recalled.items() if metric != "recall_mean"]
-    assert recalled["recall_mean"] == pytest.approx(sum(six) / 6)
-
-
-def test_blocks_of_another_size_give_the_same_ranks():
-    generator = torch.Generator().manual_seed(0)
-    image, text = torch.randn(31, 24, generator=generator), torch.randn(93, 24, generator=generator)
-    owner = torch.arange(31).repeat(3)
-    whole = metrics.ranks(image, text, owner)
-    for block in (1, 7, 64):
-        parts = metrics.ranks(image, text, owner, block=block)
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-
-
-@pytest.mark.parametrize("scale", [1, 2, 3])
-def test_doubled_features_leave_the_ranks(scale):
-    generator = torch.Generator().manual_seed(scale)
-    image, text = torch.randn(20, 8, generator=generator), torch.randn(40, 8, generator=generator)
-    owner = torch.arange(20).repeat_interleave(2)
-    one, other = metrics.ranks(image, text, owner), metrics.ranks(image * 2**scale, text, owner)
-    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-
-
-def test_a_perfect_model_recalls_everything():
-    eye = torch.eye(30)
-    ranked = metrics.ranks(eye, eye.repeat_interleave(2, 0), torch.arange(30).repeat_interleave(2))
-    results = metrics.recalls(*ranked)
-    assert results[0].metric == "recall_mean"
-    assert {result.value for result in results} == {100.0}
-    assert [result.num_samples for result in results[:2]] == [60, 30]
-
-
-@pytest.mark.parametrize("size, num_images, num_captions", [(16, 20, 1), (118, 120, 4), (19, 116, 5), (96, 200, 5)])
-def test_a_constant_model_recalls_nothing(size, num_images, num_captions):
-    """At the edges of a matrix product equal features give sums that differ in the last bit; they must tie."""
-    feature = torch.nn.functional.normalize(torch.randn(1, size, generator=torch.Generator().manual_seed(size)))
-    image = feature.expand(num_images, -1).contiguous()
-    text = feature.expand(num_images * num_captions, -1).contiguous()
-    owner = torch.arange(num_images).repeat_interleave(num_captions)
-    for block in (7, 64, 1024):
-        text_rank, image_rank = metrics.ranks(image, text, owner, block=block)
-        assert (image_rank == num_images).all()
-        assert (text_rank == (num_images - 1) * num_captions + 1).all()
-
-
-def test_a_model_that_is_not_a_number_recalls_nothing():
-    features = torch.full((20, 4), torch.nan)
-    results = metrics.recalls(*metrics.ranks(features, features, torch.arange(20)))
-    assert {result.value for result in results} == {0.0}
-
-
-def test_accuracy_by_hand():
-    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 1.0, 5.0], [1.0, 0.0, 0.0]])
-    result = metrics.accuracy(logits, torch.tensor([1, 0, 0, 2]))
-    assert (result.metric, result.value, result.unit, result.num_samples) == ("accuracy", 50.0, "percent", 4)
-
-
-def test_logits_that_are_not_a_number_are_no_answer():
-    assert metrics.accuracy(torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.long)).value == 0
-
-
-def test_every_metric_is_in_the_table():
-    results = [
-        *metrics.recalls(torch.tensor([1, 2]), torch.tensor([1, 2])),
-        metrics.accuracy(torch.eye(2), torch.tensor([0, 1])),
-    ]
-    assert {result.metric for result in results} == set(metrics.METRICS)
-    assert {result.unit for result in results} == {"percent"}
+    return Unlabelled(**vars(data))
 
 
 # -- chance -------------------------------------------------------------------------------------------------
@@ -150,11 +64,69 @@ def test_chance_of_few_images_is_at_most_all(num_images, num_captions):
     assert num_images > 1 or chance == 100
 
 
-def test_chance_of_answers_is_one_in_all():
-    assert vqa.chance(micro.pairs(8)) == 25
+def test_chance_of_a_closed_list_is_one_in_all_and_of_a_statement_one_half():
+    assert vqa.chance(micro.data("vqa")) == classification.chance(micro.data("classification")) == 25
+    assert nlvr2.chance(micro.data("nlvr2")) == 50
 
 
-# -- losses -------------------------------------------------------------------------------------------------
+# -- heads --------------------------------------------------------------------------------------------------
+
+
+def test_the_second_image_of_a_pair_starts_with_the_type_of_the_first():
+    model = micro.model("specific", random_seed=1)
+    before = model.token_types.weight.detach().clone()
+    tuned = with_task_head(model, "nlvr2", random_seed=0)
+    assert torch.equal(tuned.token_types.weight, before[[0, 1, 1]]) and tuned.config.num_token_types == 3
+    with torch.no_grad():
+        tuned.token_types.weight[2] += 1
+    types = tuned.token_types.weight
+    assert torch.equal(with_task_head(tuned, "nlvr2", random_seed=1).token_types.weight, types)
+    assert torch.equal(with_task_head(tuned, "vqa", random_seed=1, classes=("a",)).token_types.weight, types)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_model_gets_the_heads_of_a_task_and_keeps_everything_else(name):
+    model, classes = micro.model("specific", random_seed=1), tuple(micro.COLOURS)
+    tuned = with_task_head(model, name, random_seed=4, classes=classes)
+    assert set(tuned.heads) == set(TASKS[name].heads)
+    assert tuned.config.answers == (list(classes) if name == "vqa" else [])
+    assert tuned.config.classes == (list(classes) if name in ("segmentation", "classification") else [])
+    kept, tensors = model.state_dict(), tuned.state_dict()
+    same = {key for key in tensors if key in kept and key != "token_types.weight"}
+    assert all(torch.equal(tensors[key], kept[key]) for key in same)
+    assert {key.split(".")[0] for key in set(tensors) - same} <= {"heads", "token_types"}
+
+
+@pytest.mark.parametrize("name", WITH_CLASSES)
+def test_a_head_for_other_classes_is_drawn_anew(name):
+    first, second = tuple(micro.COLOURS), ("one", "two", "three", "four")
+    model = with_task_head(micro.model(), name, random_seed=0, classes=first)
+    key = {"segmentation": "segmentation.decoder.classifier", "vqa": "vqa.decoder"}.get(name, name)
+    head = f"heads.{key}.weight"
+    weights = [
+        with_task_head(model, name, random_seed=1, classes=classes).state_dict()[head]
+        for classes in (first, second, first[:3])
+    ]
+    assert torch.equal(weights[0], model.state_dict()[head])
+    assert not torch.equal(weights[1], weights[0]) and len(weights[2]) == 3
+
+
+def test_heads_that_the_authors_do_not_have_are_refused_and_live_through_experts(tmp_path):
+    model = with_task_head(micro.model(), "segmentation", random_seed=0, classes=tuple(micro.COLOURS))
+    with pytest.raises(ValueError, match="the authors' models have no head segmentation; convert the model without"):
+        to_authors(model.config, model.state_dict())
+    specific = start_experts(model, expert_map("specific", 2)).eval()
+    batch = micro.data("segmentation", 4).batch(torch.arange(4))
+    loss = TASKS["segmentation"].loss
+    assert torch.allclose(loss(specific, batch), loss(model.eval(), batch), atol=1e-5)
+    save(specific, micro.TOKENIZER, tmp_path / "model")
+    loaded, _ = load(tmp_path / "model")
+    kept, tensors = specific.state_dict(), loaded.state_dict()
+    assert set(kept) == set(tensors) and all(torch.equal(tensors[name], kept[name]) for name in kept)
+    assert torch.allclose(loss(loaded, batch), loss(specific, batch), atol=1e-5)
+
+
+# -- losses and passes --------------------------------------------------------------------------------------
 
 
 def test_soft_target_loss_by_hand():
@@ -169,39 +141,118 @@ def test_soft_target_loss_by_hand():
     assert vqa.soft_target_loss(logits, targets).item() == pytest.approx(total / 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("early_attention", ["separate", "joint"])
+@EARLY
 @pytest.mark.parametrize("architecture", ["agnostic", "specific"])
 def test_questions_together_are_answered_as_one_by_one(early_attention, architecture):
     model = micro.task_model(architecture=architecture, early_attention=early_attention)
-    data = micro.pairs(3)
-    together = vqa.all_logits(model, data, torch.arange(3))
-    assert together.shape == (3, 2, 4)
-    for sample in range(3):
-        pixel_values = data.pixel_values([sample])
-        for number in range(2):
-            ids = data.questions[sample, number][None]
-            alone = vqa.answer_logits(model, ids, (ids != 0).long(), pixel_values)
-            assert torch.allclose(together[sample, number], alone[0], atol=1e-5)
-            whole = model(input_ids=ids, attention_mask=(ids != 0).long(), pixel_values=pixel_values)
-            assert torch.allclose(together[sample, number], whole.logits[0], atol=1e-5)
+    data = micro.data("vqa", 3)
+    together = vqa.answer_logits(model, data.batch(torch.arange(3)))
+    assert together.shape == (6, 4)
+    for number in range(6):
+        ids = data.questions.flatten(0, 1)[number][None]
+        ids = ids[:, : int((ids != 0).sum())]
+        whole = model(input_ids=ids, pixel_values=data.batch(torch.tensor([number // 2]))["pixel_values"])
+        assert torch.allclose(together[number], whole.logits[0], atol=1e-5)
 
 
 def test_each_question_looks_at_its_own_image():
-    model, data = micro.task_model(), micro.pairs(4)
-    before = vqa.all_logits(model, data, torch.arange(4))
+    model, data = micro.task_model(), micro.data("vqa", 4)
+    before = vqa.answer_logits(model, data.batch(torch.arange(4)))
     images = data.images.copy()
     images[2] = 255 - images[2]
-    after = vqa.all_logits(model, replace(data, images=images), torch.arange(4))
-    changed = (before != after).flatten(1).any(1)
-    assert changed.tolist() == [False, False, True, False]
+    after = vqa.answer_logits(model, replace(data, images=images).batch(torch.arange(4)))
+    assert (before != after).any(1).tolist() == [False] * 4 + [True] * 2 + [False] * 2
 
 
-def test_evaluation_in_parts_is_evaluation_of_all(monkeypatch):
-    model, data = micro.task_model(), micro.pairs(10)
-    whole = [evaluate(model, task, data) for task in TASKS]
-    monkeypatch.setattr(retrieval, "EVALUATION_BATCH", 3)
-    monkeypatch.setattr(vqa, "EVALUATION_BATCH", 3)
-    assert [evaluate(model, task, data) for task in TASKS] == whole
+@EARLY
+@pytest.mark.parametrize("architecture", ["agnostic", "specific"])
+def test_a_statement_goes_through_the_model_once_with_each_image(early_attention, architecture):
+    """The authors' two passes, written out: the second image by a token type of its own."""
+    model = micro.task_model(architecture=architecture, early_attention=early_attention)
+    batch = micro.data("nlvr2", 6).batch(torch.arange(6))
+    pooled = []
+    for place, token_type in ((0, 1), (1, 2)):
+        text = model.begin_text(batch["input_ids"], batch["attention_mask"])
+        image = model.begin_image(batch["pixel_values"][:, place], token_type=token_type)
+        pooled.append(model.heads["pooler"](model.norm(model.fuse(*model.begin_joint(text, image)))[:, 0]))
+    wanted = model.heads["nlvr2"](torch.cat(pooled, 1))
+    found = nlvr2.truth_logits(model, batch)
+    assert found.shape == (6, 2) and torch.allclose(found, wanted, atol=1e-5)
+    expected = functional.cross_entropy(wanted, batch["labels"]).item()
+    assert nlvr2.loss(model, batch).item() == pytest.approx(expected, rel=1e-4)
+    swapped = nlvr2.truth_logits(model, {**batch, "pixel_values": batch["pixel_values"].flip(1)})
+    assert not torch.allclose(swapped, found, atol=1e-3)
+
+
+def test_a_class_is_read_off_the_mean_of_all_image_tokens():
+    model, batch = micro.task_model(architecture="specific"), micro.data("classification", 4).batch(torch.arange(4))
+    states = model.finish_alone(model.before_fusion(model.begin_image(batch["pixel_values"])))
+    assert states.shape == (4, 5, 16)  # [CLS] and four patches
+    head = model.heads["classification"]
+    wanted = states.mean(1) @ head.weight.T + head.bias
+    found = classification.class_logits(model, batch)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert classification.loss(model, batch).item() == pytest.approx(
+        functional.cross_entropy(wanted, batch["labels"]).item(), rel=1e-4
+    )
+
+
+# -- accuracy of answers ------------------------------------------------------------------------------------
+
+
+class Asked(type(micro.data("vqa", 2))):
+    """Questions with ten human answers each, of which so many are the right one as the question's number says."""
+
+    def batch(self, samples):
+        batch = super().batch(samples)
+        names, human, targets = self.classes, [], torch.zeros_like(batch["targets"])
+        numbers = (2 * samples[:, None] + torch.arange(2)).flatten().tolist()
+        for number, right in zip(numbers, batch["targets"].argmax(1).tolist(), strict=True):
+            equal = number % 5
+            human.append([f"the {names[right]}!"] * equal + [f"other {k}" for k in range(10 - equal)])
+            targets[len(human) - 1, right] = (0.0, 0.3, 0.6, 0.9, 1.0)[equal]
+        return {**batch, "human_answers": human, "targets": targets}
+
+
+def test_with_human_answers_accuracy_is_the_official_one(monkeypatch):
+    data = micro.data("vqa", 10)
+    asked = Asked(**vars(data))
+    right = torch.cat([data.batch(torch.tensor([n]))["targets"] for n in range(10)])
+    monkeypatch.setattr(vqa, "answer_logits", lambda model, batch: right[: len(batch["targets"])])
+    results = evaluate(micro.task_model(), "vqa", asked)
+    # of 20 questions four each have 0, 1, 2, 3 and 4 of ten people for the answer that the model gives
+    assert values(results) == pytest.approx({"accuracy": 56.0, "soft_accuracy": 56.0})
+    assert [result.num_samples for result in results] == [20, 20]
+    monkeypatch.setattr(vqa, "answer_logits", lambda model, batch: right[: len(batch["targets"])].roll(1, 1))
+    assert values(evaluate(micro.task_model(), "vqa", asked)) == {"accuracy": 0.0, "soft_accuracy": 0.0}
+
+
+def test_without_human_answers_accuracy_is_that_of_the_best_target(monkeypatch):
+    data = micro.data("vqa", 4)
+    logits = torch.zeros(8, 4)
+    logits[:, 0] = 1  # always the first answer, which one of four images has
+    monkeypatch.setattr(vqa, "answer_logits", lambda model, batch: logits)
+    assert values(evaluate(micro.task_model(), "vqa", data)) == {"accuracy": 25.0}
+    logits[:] = torch.nan
+    assert values(evaluate(micro.task_model(), "vqa", data)) == {"accuracy": 0.0}
+    assert values(evaluate(micro.task_model(), "vqa", Asked(**vars(data)))) == {"accuracy": 0.0, "soft_accuracy": 0.0}
+
+
+def test_a_statement_is_judged_by_its_larger_logit(monkeypatch):
+    data = micro.data("nlvr2", 6)  # three sentences, each true of one pair and false of one
+    logits = functional.one_hot(data.labels, 2).float()
+    logits[1] = logits[1].flip(0)
+    monkeypatch.setattr(nlvr2, "truth_logits", lambda model, batch: logits)
+    results = values(evaluate(micro.task_model(), "nlvr2", data))
+    assert results == pytest.approx({"accuracy": 100 * 5 / 6, "consistency": 100 * 2 / 3})
+
+
+def test_a_class_may_be_among_the_first_five(monkeypatch):
+    data = replace(micro.data("classification", 8), classes=tuple("abcdefgh"), labels=torch.arange(8))
+    model = micro.task_model(heads=["classification"], num_classes=8)
+    logits = -torch.arange(8.0).expand(8, -1)  # class 0 first, class 7 last
+    monkeypatch.setattr(classification, "class_logits", lambda model, batch: logits)
+    assert values(evaluate(model, "classification", data)) == {"accuracy": 12.5, "top_5_accuracy": 62.5}
 
 
 # -- predictions --------------------------------------------------------------------------------------------
@@ -225,36 +276,50 @@ def test_retrieval_shows_all_captions_where_there_are_few():
 
 
 def test_answers_are_shown_beside_the_right_ones():
-    model, data = micro.task_model(), micro.pairs(6)
+    model, data = micro.task_model(), micro.data("vqa", 6)
     shown = vqa.predict(model, data, [5, 2])
     assert [row["sample"] for row in shown] == [5, 2]
-    logits = vqa.all_logits(model, data, torch.tensor([5, 2]))
+    logits = vqa.answer_logits(model, data.batch(torch.tensor([5, 2]))).view(2, 2, -1)
     for row, scores in zip(shown, logits, strict=True):
         assert [asked["answer"] for asked in row["asked"]] == scores.argmax(1).tolist()
         assert [asked["right"] for asked in row["asked"]] == data.answers[row["sample"]].tolist()
         assert [asked["text"] for asked in row["asked"]] == data.questions[row["sample"]].tolist()
 
 
+def test_judgements_and_classes_are_shown_beside_the_right_ones():
+    model, statements, labels = micro.task_model(), micro.data("nlvr2", 6), micro.data("classification", 6)
+    judged = nlvr2.truth_logits(model, statements.batch(torch.tensor([5, 2]))).argmax(1).tolist()
+    for row, sample, answer in zip(nlvr2.predict(model, statements, [5, 2]), [5, 2], judged, strict=True):
+        text, right = statements.statements[sample].tolist(), statements.labels[sample].item()
+        assert row == {"sample": sample, "text": text, "answer": answer, "right": right}
+    order = classification.class_logits(model, labels.batch(torch.tensor([3]))).argsort(1, descending=True)
+    (row,) = classification.predict(model, labels, [3])
+    assert row == {"sample": 3, "guesses": order[0].tolist(), "right": 3}
+
+
 # -- evaluate and hide --------------------------------------------------------------------------------------
 
 
 def test_hidden_images_are_grey_and_texts_stay():
-    data = micro.pairs(5)
-    hidden = hide(data, "vision")
-    assert len(hidden) == 5 and (hidden.images == 128).all() and hidden.images.shape == data.images.shape
-    pixels = hidden.pixel_values(torch.arange(3))
-    assert pixels.abs().max() < 0.01
-    assert hidden.captions is data.captions and hidden.questions is data.questions
-    assert not (data.images == 128).all()
+    for task in TASKS:
+        data = micro.data(task, 5)
+        hidden, seen = hide(data, "vision").batch(torch.arange(3)), data.batch(torch.arange(3))
+        assert hidden["pixel_values"].shape == seen["pixel_values"].shape
+        assert hidden["pixel_values"].abs().max() < 0.01 < seen["pixel_values"].abs().max()
+        assert set(hidden) == set(seen)
+        others = [key for key, value in seen.items() if key != "pixel_values" and isinstance(value, torch.Tensor)]
+        assert all(torch.equal(hidden[key], seen[key]) for key in others)
 
 
 def test_hidden_texts_are_empty_and_images_stay():
-    data = micro.pairs(5)
-    hidden = hide(data, "text")
-    assert hidden.captions.shape == (5, 2, 2) and hidden.questions.shape == (5, 2, 2)
-    for texts in (hidden.captions, hidden.questions):
-        assert (texts == torch.tensor([CLS, SEP])).all()
-    assert hidden.images is data.images and hidden.answers is data.answers
+    for task in TASKS:
+        data = micro.data(task, 5)
+        hidden, seen = hide(data, "text").batch(torch.arange(3)), data.batch(torch.arange(3))
+        assert torch.equal(hidden["pixel_values"], seen["pixel_values"])
+        assert ("input_ids" in hidden) == (task in WITH_TEXT)
+        if task in WITH_TEXT:
+            assert hidden["input_ids"].tolist() == [[CLS, SEP]] * len(seen["input_ids"])
+            assert hidden["attention_mask"].all()
 
 
 def test_only_a_modality_can_be_hidden():
@@ -268,22 +333,8 @@ def test_with_the_images_hidden_retrieval_is_guessing():
 
 
 def test_an_unknown_task_is_told_with_the_nearest():
-    with pytest.raises(ValueError, match="unknown task 'retreival'; nearest: 'retrieval'; known: retrieval, vqa"):
+    with pytest.raises(ValueError, match="unknown task 'retreival'; nearest: 'retrieval'; known: .*nlvr2, retrieval"):
         evaluate(micro.task_model(), "retreival", micro.pairs(2))
-
-
-def test_a_model_without_the_heads_is_told_which():
-    with pytest.raises(ValueError, match=r"needs the heads pooler, vqa; the model has .*contrastive.*Fine-tune it"):
-        evaluate(micro.model(), "vqa", micro.pairs(2))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("task", TASKS)
-def test_the_training_mode_is_as_before(task, training):
-    model = micro.task_model(drop_path=0.5).train(training)
-    one, other = (evaluate(model, task, micro.pairs(12)) for _ in range(2))
-    assert model.training is training
-    assert one == other
 
 
 def test_the_training_mode_is_as_before_an_error(monkeypatch):
@@ -293,7 +344,7 @@ def test_the_training_mode_is_as_before_an_error(monkeypatch):
     monkeypatch.setitem(TASKS, "vqa", replace(TASKS["vqa"], evaluate=fail))
     model = micro.task_model().train()
     with pytest.raises(ValueError, match="no"):
-        evaluate(model, "vqa", micro.pairs(2))
+        evaluate(model, "vqa", micro.data("vqa", 2))
     assert model.training
 
 
@@ -309,34 +360,58 @@ def test_contract_description(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_contract_batches_repeat(name):
-    task, data, samples = TASKS[name], micro.pairs(12), torch.tensor([3, 1, 4, 8, 11])
-    one, same = (task.make_batch(data, samples, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert set(one) == set(same)
-    assert all(torch.equal(one[key], same[key]) for key in one)
-    assert torch.equal(one["pixel_values"], data.pixel_values([3, 1, 4, 8, 11]))
+def test_contract_a_model_without_the_heads_is_told_which(name):
+    model, heads = micro.model(heads=["matching"]), ", ".join(TASKS[name].heads)
+    with pytest.raises(ValueError, match=rf"'{name}' needs the heads {heads}; the model has matching. Fine-tune it"):
+        evaluate(model, name, micro.data(name, 2))
+    with pytest.raises(ValueError, match="the model has no head"):
+        TASKS[name].loss(model, micro.data(name, 4).batch(torch.arange(4)))
 
 
-@pytest.mark.parametrize("early_attention", ["separate", "joint"])
+@pytest.mark.parametrize("name", WITH_CLASSES)
+def test_contract_other_classes_are_refused(name):
+    data = micro.data(name, 4)
+    model = with_task_head(micro.model(), name, random_seed=0, classes=data.classes).eval()
+    evaluate(model, name, data)
+    fewer = with_task_head(micro.model(), name, random_seed=0, classes=data.classes[:3]).eval()
+    with pytest.raises(ValueError, match=r"the model has 3 (answers|classes), scenes has 4; fine-tune"):
+        evaluate(fewer, name, data)
+    with pytest.raises(ValueError, match=r"(answers|classes) differ: number 1 is 'green' for the model and 'teal' in"):
+        evaluate(model, name, replace(data, classes=("red", "teal", "blue", "white")))
+
+
+@pytest.mark.parametrize("name, key", [("vqa", "targets"), ("nlvr2", "labels"), ("segmentation", "masks"),
+                                       ("classification", "labels")])  # fmt: skip
+def test_contract_a_split_without_labels_is_told(name, key):
+    data, message = without(micro.data(name, 4), key), f"the split has no {key}.*write a submission"
+    with pytest.raises(ValueError, match=message):
+        evaluate(micro.task_model(), name, data)
+    with pytest.raises(ValueError, match=message):
+        TASKS[name].loss(micro.task_model(), data.batch(torch.arange(4)))
+
+
+@EARLY
 @pytest.mark.parametrize("name", TASKS)
 def test_contract_loss(name, early_attention):
-    """It is finite, and its gradient reaches the task's heads and both modalities, and no other head."""
+    """It is finite, and its gradient reaches the task's heads and modalities, and no other head."""
     task, model = TASKS[name], micro.task_model(architecture="specific", early_attention=early_attention).train()
-    batch = task.make_batch(micro.pairs(12), torch.arange(6), torch.Generator().manual_seed(0))
+    batch = micro.data(name).train_batch(torch.arange(6), torch.Generator().manual_seed(0))
     loss = task.loss(model, batch)
     assert loss.shape == () and torch.isfinite(loss)
     loss.backward()
     moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     heads = {n.split(".")[1] for n in moved if n.startswith("heads.")}
     assert heads == set(task.heads)
-    assert {"text_embeddings.words.weight", "image_embeddings.patches.weight", "position_bias_table"} <= moved
-    for modality in ("vision", "text"):
-        assert f"layers.0.ffn.{modality}.fc1.weight" in moved
+    assert {"image_embeddings.patches.weight", "position_bias_table", "layers.0.ffn.vision.fc1.weight"} <= moved
+    assert ("layers.0.ffn.text.fc1.weight" in moved) == ("text_embeddings.words.weight" in moved) == (name in WITH_TEXT)
+    # what works behind the fusion: both modalities' own experts for retrieval, the image's for images, else the joint
+    deep = {n.split(".")[3] for n in moved if n.startswith("layers.1.ffn.")}
+    assert deep == {"retrieval": {"vision", "text"}, "vqa": {"joint"}, "nlvr2": {"joint"}}.get(name, {"vision"})
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_contract_evaluation(name):
-    task, model, data = TASKS[name], micro.task_model(), micro.pairs(12)
+    task, model, data = TASKS[name], micro.task_model(), micro.data(name)
     results = evaluate(model, name, data)
     assert results[0].metric == task.main_metric
     assert {result.metric for result in results} <= set(metrics.METRICS)
@@ -348,14 +423,39 @@ def test_contract_evaluation(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_contract_task_is_learnt(name):
-    """Fitted to four pictures of four colours, the model gets them right."""
-    task, model, data = TASKS[name], micro.task_model().train(), micro.pairs(4)
+def test_contract_evaluation_in_parts_is_evaluation_of_all(name, monkeypatch):
+    model, data = micro.task_model(), micro.data(name, 10)
+    whole = evaluate(model, name, data)
+    monkeypatch.setattr(module_of(name), "EVALUATION_BATCH", 3)
+    assert evaluate(model, name, data) == whole
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", TASKS)
+def test_contract_evaluation_repeats_and_leaves_the_model_as_it_was(name, training):
+    model = micro.task_model(drop_path=0.5).train(training)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    one, other = (evaluate(model, name, micro.data(name)) for _ in range(2))
+    assert model.training is training
+    assert one == other
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_contract_task_is_learnt_and_not_without_the_images(name):
+    model, data = learnt(name), micro.data(name, 4)
+    assert evaluate(model, name, data)[0].value > 95
+    assert evaluate(model, name, hide(data, "vision"))[0].value < TASKS[name].chance(data) + 10
+
+
+def learnt(name):
+    """A model fitted to a handful of pictures."""
+    task, data = TASKS[name], micro.data(name, 4)
+    model = with_task_head(micro.task_model(), name, random_seed=0, classes=data.classes).train()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for step in range(60):
-        batch = task.make_batch(data, torch.arange(4), torch.Generator().manual_seed(step))
-        loss = task.loss(model, batch)
+        loss = task.loss(model, data.train_batch(torch.arange(4), torch.Generator().manual_seed(step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert evaluate(model, name, data)[0].value == 100
+    return model.eval()

@@ -283,13 +283,13 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 
 def test_fine_tuning_goes_on_to_the_same_model(tmp_path):
     def tuned(folder, fail_at=None):
-        model = stages.with_task_head(micro.model(), "vqa", random_seed=3, answers=tuple(micro.COLOURS))
+        model = stages.with_task_head(micro.model(), "vqa", random_seed=3, classes=tuple(micro.COLOURS))
 
         def report(step, num_steps, losses):
             if step == fail_at:
                 raise InterruptedError
 
-        curve = stages.finetune(model, "vqa", micro.pairs(), settings=SETTINGS, folder=folder, report=report)
+        curve = stages.finetune(model, "vqa", micro.data("vqa"), settings=SETTINGS, folder=folder, report=report)
         return model.state_dict(), curve
 
     tensors, curve = tuned(tmp_path / "whole")

@@ -52,12 +52,11 @@ def barrier(
     from modalmerge.probes import expert_similarity, loss_barriers
     from modalmerge.study.jobs import split_data
     from modalmerge.study.single import check_data
-    from modalmerge.tasks.retrieval import make_batch
 
     loaded, tokenizer = load(model)
     check_data(loaded, len(tokenizer), preset, model)
     pairs = split_data(preset, split)
-    drawn = drawn_batches(pairs, make_batch, num_samples=num_samples, batch_size=batch_size, random_seed=random_seed)
+    drawn = drawn_batches(pairs, num_samples=num_samples, batch_size=batch_size, random_seed=random_seed)
     batches = list(drawn)
     with reporter("barrier", lambda done, total: f"{done} of {total} losses", count_columns) as report:
         measured = loss_barriers(loaded, batches, num_points=points, report=report)

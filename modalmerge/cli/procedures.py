@@ -92,7 +92,6 @@ def statistics_from_data(
     from modalmerge.model import load
     from modalmerge.study.jobs import split_data
     from modalmerge.study.single import check_data
-    from modalmerge.tasks import TASKS
 
     method = content.get("method", "")
     if method not in PROCEDURES:
@@ -109,9 +108,9 @@ def statistics_from_data(
     preset = resolve_preset(config, None)
     model, tokenizer = load(source)
     check_data(model, len(tokenizer), preset, source)
-    task = TASKS["vqa" if settings.get("loss") == "entropy" else "retrieval"]  # whose texts are questions, or captions
-    pairs = split_data(preset, "pretrain")
-    drawn = drawn_batches(pairs, task.make_batch, num_samples=num_samples, batch_size=_BATCH, random_seed=0)
+    task = "vqa" if settings.get("loss") == "entropy" else "retrieval"  # whose texts are questions, or captions
+    pairs = split_data(preset, "pretrain", task)
+    drawn = drawn_batches(pairs, num_samples=num_samples, batch_size=_BATCH, random_seed=0)
     seed = None
     if base:
         with open_checkpoint(base) as checkpoint:

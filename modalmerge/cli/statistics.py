@@ -38,12 +38,11 @@ def gram(
     from modalmerge.model import load
     from modalmerge.study.jobs import split_data
     from modalmerge.study.single import check_data
-    from modalmerge.tasks.retrieval import make_batch
 
     loaded, tokenizer = load(model)
     check_data(loaded, len(tokenizer), preset, model)
     batches = drawn_batches(
-        split_data(preset, split), make_batch, num_samples=num_samples, batch_size=batch_size, random_seed=random_seed
+        split_data(preset, split), num_samples=num_samples, batch_size=batch_size, random_seed=random_seed
     )
     with reporter(output.name, lambda done, total: f"{done} of {total} samples", count_columns) as report:
         statistics = collect_statistics(

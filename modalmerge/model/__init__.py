@@ -27,6 +27,7 @@ from modalmerge.model.convert import (
     resize_image,
     to_authors,
 )
+from modalmerge.model.initialise import start_from_beit
 from modalmerge.model.modeling import ModalMergeModel, ModalMergeOutput, Prefix
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "load_model_folder",
     "resize_image",
     "size_config",
+    "start_from_beit",
     "to_authors",
 ]
 

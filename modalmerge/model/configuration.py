@@ -27,7 +27,10 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "specific": ("attention", "ffn"),  # modality-specific, "no sharing", the authors' `all_moe`
 }
 
-HEADS = ("pooler", "contrastive", "joint_contrastive", "matching", "masked_language", "vqa")
+HEADS = (
+    "pooler", "contrastive", "joint_contrastive", "matching", "masked_language", "vqa", "nlvr2", "segmentation",
+    "classification",
+)  # fmt: skip
 PRETRAINING_HEADS = ("pooler", "contrastive", "joint_contrastive", "matching", "masked_language")
 
 # Model sizes by name; image and vocabulary sizes come from the data.
@@ -81,7 +84,7 @@ class ModalMergeConfig(PretrainedConfig):
         vocab_size: rows of the word table.
         max_text_length: longest text in tokens, [CLS] and [SEP] included.
         text_position_range: longest text that the position table has rows for; VLMo and the authors: 196.
-        num_token_types: rows of the token-type table; 0 text, 1 image (2 the second image of a pair).
+        num_token_types: rows of the token-type table; 0 text, 1 image, 2 the second image of a pair (`nlvr2`).
         fusion_start: first layer in which text and image tokens attend to each other and the joint expert
             works; `num_hidden_layers` means never.
         experts: for every layer the components (`COMPONENTS`) that each modality has for itself.
@@ -96,6 +99,12 @@ class ModalMergeConfig(PretrainedConfig):
         position_initializer_range: standard deviation of the initial position table; 0 in the source. From 0 an entry
             moves by at most the learning rate in a step, so that order is learned late in a short training.
         answers: the answer of each class of the `vqa` head, or none; the model itself does not read them.
+        num_classes: classes of the `segmentation` or `classification` head; 0 without them.
+        classes: the name of each of them, or none; the model itself does not read them.
+        segmentation_blocks: four layers whose states the `segmentation` head reads, ascending from 0, one may come
+            twice; () means those at a third, a half, two thirds and the end (BEiT's 3, 5, 7, 11 of 12).
+        segmentation_channels: width of the `segmentation` head; 0 means `hidden_size` as in BEiT, but a quarter of
+            it below 384, where the head would take more time than the layers.
 
     Raises:
         ValueError: a size that does not fit another, an unknown component, head or key.
@@ -125,6 +134,10 @@ class ModalMergeConfig(PretrainedConfig):
         heads: Sequence[str] = PRETRAINING_HEADS,
         num_answers: int = 0,
         answers: Sequence[str] = (),
+        num_classes: int = 0,
+        classes: Sequence[str] = (),
+        segmentation_blocks: Sequence[int] = (),
+        segmentation_channels: int = 0,
         initializer_range: float = 0.02,
         position_initializer_range: float = 0.0,
         **kwargs: Any,
@@ -148,6 +161,12 @@ class ModalMergeConfig(PretrainedConfig):
         self.heads = list(heads)
         self.num_answers = num_answers
         self.answers = list(answers)
+        self.num_classes = num_classes
+        self.classes = list(classes)
+        self.segmentation_blocks = list(segmentation_blocks or _spread(num_hidden_layers))
+        self.segmentation_channels = segmentation_channels or (
+            hidden_size if hidden_size >= 384 else -(-hidden_size // 4)
+        )
         self.initializer_range = initializer_range
         self.position_initializer_range = position_initializer_range
         self._check(kwargs)
@@ -185,10 +204,46 @@ class ModalMergeConfig(PretrainedConfig):
         for head in self.heads:
             if head not in HEADS:
                 raise unknown_name(head, HEADS, "head")
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
         if ("vqa" in self.heads) != (self.num_answers > 0):
             raise ValueError(f"num_answers must be positive with the vqa head and 0 without it: {self.num_answers}")
-        if self.answers and len(self.answers) != self.num_answers:
-            raise ValueError(f"{len(self.answers)} answers are named, num_answers is {self.num_answers}")
+        if bool({"segmentation", "classification"} & set(self.heads)) != (self.num_classes > 0):
+            raise ValueError(
+                "num_classes must be positive with the segmentation or classification head and 0 without them: "
+                f"{self.num_classes}"
+            )
+        for key in ("answers", "classes"):
+            names, number = getattr(self, key), getattr(self, f"num_{key}")
+            if names and len(names) != number:
+                raise ValueError(f"{len(names)} {key} are named, num_{key} is {number}")
+        if "nlvr2" in self.heads and self.num_token_types < 3:
+            raise ValueError(
+                f"num_token_types must be at least 3 with the nlvr2 head, got {self.num_token_types}: the second image "
+                "of a pair has a type of its own"
+            )
+        if "segmentation" in self.heads:
+            self._check_segmentation()
+
+    def _check_segmentation(self) -> None:
+        blocks = self.segmentation_blocks
+        if len(blocks) != 4 or blocks != sorted(blocks) or not 0 <= blocks[0] <= blocks[-1] < self.num_hidden_layers:
+            raise ValueError(
+                f"segmentation_blocks must be four ascending layers in [0, {self.num_hidden_layers - 1}], got {blocks}"
+            )
+        if self.segmentation_channels < 1:
+            raise ValueError(f"segmentation_channels must be at least 1, got {self.segmentation_channels}")
+        if self.grid_size < 2:
+            raise ValueError(
+                f"segmentation needs at least 2 patches per side: image_size {self.image_size}, patch_size "
+                f"{self.patch_size}"
+            )
+        if self.num_classes > 255:
+            raise ValueError(
+                f"num_classes must be at most 255 with the segmentation head, got {self.num_classes}: masks hold one "
+                "byte, of which 255 is for pixels without a class"
+            )
 
     @property
     def grid_size(self) -> int:
@@ -207,6 +262,11 @@ class ModalMergeConfig(PretrainedConfig):
     def parts(self, layer: int) -> frozenset[str]:
         """Modules of `layer` (norm1, attention, norm2, ffn) that each modality has for itself."""
         return frozenset(part for component in self.experts[layer] for part in COMPONENTS[component])
+
+
+def _spread(num_layers: int) -> list[int]:
+    """Choose the layers at a third, a half, two thirds and the end of the depth."""
+    return [max(1, num_layers // 3) - 1, max(1, num_layers // 2) - 1, -(-2 * num_layers // 3) - 1, num_layers - 1]
 
 
 # asked of the signature, which stays the same when a shape checker wraps the function

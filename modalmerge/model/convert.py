@@ -68,6 +68,14 @@ NAMES: dict[str, str] = {
     "heads.vqa.norm.bias": "vqa_classifier.1.bias",
     "heads.vqa.decoder.weight": "vqa_classifier.3.weight",
     "heads.vqa.decoder.bias": "vqa_classifier.3.bias",
+    "heads.nlvr2.dense.weight": "nlvr2_classifier.0.weight",
+    "heads.nlvr2.dense.bias": "nlvr2_classifier.0.bias",
+    "heads.nlvr2.norm.weight": "nlvr2_classifier.1.weight",
+    "heads.nlvr2.norm.bias": "nlvr2_classifier.1.bias",
+    "heads.nlvr2.decoder.weight": "nlvr2_classifier.3.weight",
+    "heads.nlvr2.decoder.bias": "nlvr2_classifier.3.bias",
+    "heads.classification.weight": "img_cls_classifier.weight",
+    "heads.classification.bias": "img_cls_classifier.bias",
 }
 AUTHORS_EXPERTS = {"vision": "v", "text": "l", "joint": "vl"}
 AUTHORS_PARTS = {"norm1": "norm1", "attn": "attention", "norm2": "norm2", "mlp": "ffn"}
@@ -117,7 +125,7 @@ def from_authors(
 
     Args:
         tensors: the `state_dict` of their checkpoint: any of their architectures, after pre-training or
-            fine-tuning for retrieval or question answering.
+            fine-tuning for retrieval, question answering, pairs of images or classification.
         fusion_start: first layer of the joint experts. It shows in the names where parts are per modality;
             elsewhere it defaults to theirs: 21 of 24 layers, else the last but one.
         early_attention: `separate`, or `joint` for their `ln_moe`, which names cannot tell apart.
@@ -158,6 +166,7 @@ def from_authors(
         early_attention=early_attention,
         heads=heads,
         num_answers=_shape(shapes, "vqa_classifier.3.weight", 2)[0] if "vqa" in heads else 0,
+        num_classes=_shape(shapes, "img_cls_classifier.weight", 2)[0] if "classification" in heads else 0,
     )
     ours = names(config)
     wanted = {ours[name]: shape for name, shape in expected_shapes(config).items()}
@@ -190,10 +199,17 @@ def to_authors(
         (their names to the same tensor objects and to new ones, what was made).
 
     Raises:
-        ValueError: a tensor is missing, unknown or misshapen for `config`; the message names it.
+        ValueError: a tensor is missing, unknown or misshapen for `config`; the message names it. Or the model has a
+            head that theirs do not have.
 
     Source: the authors' code, commit 13c3041.
     """
+    foreign = set(config.heads) - {name.split(".")[1] for name in NAMES if name.startswith("heads.")}
+    if foreign:
+        raise ValueError(
+            f"the authors' models have no head {', '.join(sorted(foreign))}; convert the model without it, as it was "
+            "before it was fine-tuned"
+        )
     check_fit(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         expected_shapes(config),
@@ -280,7 +296,8 @@ def expand_experts(
     for template, layer, expert in _entries(new):
         source = tensors[template.format(layer=layer, expert="")]
         expanded[template.format(layer=layer, expert=expert)] = source.clone() if expert else source
-    return expanded, new
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith("heads.")}
+    return {**expanded, **heads}, new
 
 
 def resize_image(
@@ -315,7 +332,7 @@ def usual_fusion_start(num_layers: int) -> int:
 
 
 def names(config: ModalMergeConfig) -> dict[str, str]:
-    """Spell out our name and the authors' name of every tensor of a model."""
+    """Spell out our name and the authors' name of every tensor of a model, but for heads that theirs do not have."""
     spelled = {}
     for template, layer, expert in _entries(config):
         theirs = f".{AUTHORS_EXPERTS[expert[1:]]}" if expert else ""
@@ -368,7 +385,7 @@ def _listed(shown: Sequence[str], count: int) -> str:
 
 
 def _entries(config: ModalMergeConfig) -> Iterable[tuple[str, int, str]]:
-    """Yield (template of our name, layer, "" or "." and the modality) for every tensor of a model."""
+    """Yield (template of our name, layer, "" or "." and the modality) for every tensor that `NAMES` knows."""
     for template in NAMES:
         if template.startswith("heads.") and template.split(".")[1] not in config.heads:
             continue

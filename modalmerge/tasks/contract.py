@@ -1,42 +1,41 @@
 """What every task offers to training and evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from modalmerge.data.batches import PairArrays
+from modalmerge.data.contract import Batch, TaskData
 from modalmerge.model import ModalMergeModel
 from modalmerge.records import Result
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task as a set of functions.
+    """A task as a set of functions of a model and the batches that `modalmerge.data.contract` describes.
 
     Args:
         name: as in `TASKS`.
         summary: one line for `modalmerge list tasks`.
         heads: heads a model needs for it.
-        main_metric: the one that coefficients are selected by and tables show.
-        make_batch: (data, samples [B], generator) -> batch; what is drawn is drawn from the generator.
+        main_metric: the one that tables show and that comes first in what `evaluate` returns.
         loss: (model, batch) -> scalar to minimise.
         evaluate: (model, data) -> results, the main metric first; the model is in eval mode.
-        predict: (model, data, samples) -> for each sample (question, right answers, predicted answers best first),
-            for people to read.
-        chance: expected value of the main metric for guessing.
+        predict: (model, data, samples) -> for each of some samples what the model says and what is right, for people
+            to read: texts as token ids, answers and classes as numbers.
+        chance: expected value of the main metric for guessing, on a split.
+        submit: (model, data, path) -> writes the file that the task's evaluation server or script takes; None where
+            there is no such file.
     """
 
     name: str
     summary: str
     heads: tuple[str, ...]
     main_metric: str
-    make_batch: Callable[[PairArrays, Int[Tensor, " B"], torch.Generator], Batch]
     loss: Callable[[ModalMergeModel, Batch], Tensor]
-    evaluate: Callable[[ModalMergeModel, PairArrays], list[Result]]
-    predict: Callable[[ModalMergeModel, PairArrays, list[int]], list[dict]]
-    chance: Callable[[PairArrays], float]
+    evaluate: Callable[[ModalMergeModel, TaskData], list[Result]]
+    predict: Callable[[ModalMergeModel, TaskData, list[int]], Sequence[dict[str, Any]]]
+    chance: Callable[[TaskData], float]
+    submit: Callable[[ModalMergeModel, TaskData, Path], None] | None = None

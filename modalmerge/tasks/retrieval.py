@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from modalmerge.data.batches import PairArrays, trim
+from modalmerge.data.contract import Batch, TaskData, evaluation_batches
 from modalmerge.model import ModalMergeModel, Prefix
 from modalmerge.records import Result
 from modalmerge.tasks import metrics
-from modalmerge.tasks.contract import Batch, Task
+from modalmerge.tasks.contract import Task
 
 EVALUATION_BATCH = 250
 
@@ -45,13 +45,6 @@ def path_scores(model: ModalMergeModel, image: Prefix, text: Prefix, *, joint_pa
     return similarities(features(image), features(text), head.logit_scale)
 
 
-def make_batch(data: PairArrays, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-    """Pair every image with one of its captions, drawn."""
-    choice = torch.randint(data.captions.shape[1], (len(samples),), generator=generator)
-    ids, mask = trim(data.captions[samples, choice])
-    return {"pixel_values": data.pixel_values(samples), "input_ids": ids, "attention_mask": mask}
-
-
 def loss(model: ModalMergeModel, batch: Batch) -> Float[Tensor, ""]:
     """Contrastive loss of the uni-modal path."""
     image = model.image_features(batch["pixel_values"])
@@ -60,42 +53,54 @@ def loss(model: ModalMergeModel, batch: Batch) -> Float[Tensor, ""]:
 
 
 @torch.inference_mode()
-def features(model: ModalMergeModel, data: PairArrays) -> tuple[Tensor, Tensor, Tensor]:
+def features(model: ModalMergeModel, data: TaskData) -> tuple[Tensor, Tensor, Tensor]:
     """Encode all images [I, D] and all captions [T, D]; third: each caption's image [T]."""
-    numbers = torch.arange(len(data))
-    image = torch.cat([model.image_features(data.pixel_values(part)) for part in numbers.split(EVALUATION_BATCH)])
-    captions = data.captions.flatten(0, 1)
-    text = torch.cat([model.text_features(*trim(part)) for part in captions.split(EVALUATION_BATCH)])
-    return image, text, numbers.repeat_interleave(data.captions.shape[1])
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    owners, count = [], 0
+    for batch in evaluation_batches(data, EVALUATION_BATCH):
+        images.append(model.image_features(batch["pixel_values"]))
+        parts = (batch[key].split(EVALUATION_BATCH) for key in ("input_ids", "attention_mask"))
+        texts += map(model.text_features, *parts)
+        owners.append(batch["owner"] + count)
+        count += len(batch["pixel_values"])
+    return torch.cat(images), torch.cat(texts), torch.cat(owners)
 
 
-def evaluate(model: ModalMergeModel, data: PairArrays) -> list[Result]:
+def evaluate(model: ModalMergeModel, data: TaskData) -> list[Result]:
     """Recall over the whole split: every caption of every image in one gallery."""
     return metrics.recalls(*metrics.ranks(*features(model, data)))
 
 
-def predict(model: ModalMergeModel, data: PairArrays, samples: list[int]) -> list[dict]:
+def predict(model: ModalMergeModel, data: TaskData, samples: list[int]) -> list[dict]:
     """Show the best five captions of the split for some images."""
     image, text, owner = features(model, data)
     shown = []
     for sample in samples:
         best = (image[sample] @ text.T).topk(min(5, len(text))).indices
-        found = [{"text": data.captions.flatten(0, 1)[i].tolist(), "right": owner[i].item() == sample} for i in best]
+        found = [{"text": _caption(data, owner, i), "right": owner[i].item() == sample} for i in best.tolist()]
         shown.append({"sample": sample, "found": found})
     return shown
 
 
-def chance(data: PairArrays) -> float:
-    """Recall of a random order, mean of the six: k/I for captions; for images, any of their C in k draws of I*C."""
-    num_images, num_captions = data.captions.shape[:2]
-    total = num_images * num_captions
+def _caption(data: TaskData, owner: Int[Tensor, " T"], number: int) -> list[int]:
+    """Return the ids of one of all captions of a split."""
+    image = owner[number]
+    first = int((owner == image).nonzero()[0])  # an image's captions lie side by side
+    return data.batch(image[None])["input_ids"][number - first].tolist()
+
+
+def chance(data: TaskData) -> float:
+    """Recall of a random order, mean of the six: k/I for captions; for images, any of their own in k draws of all."""
+    own = data.num_texts()
+    num_images, total = len(own), int(own.sum())
     values = []
     for k in metrics.RECALL_DEPTHS:
         values.append(min(1.0, k / num_images))
-        miss = 1.0
+        miss = torch.ones(num_images, dtype=torch.float64)
         for drawn in range(min(k, total)):
-            miss *= (total - num_captions - drawn) / (total - drawn)
-        values.append(1 - miss)
+            miss *= (total - own - drawn).clamp(min=0) / (total - drawn)
+        values.append(1 - miss.mean().item())
     return 100 * sum(values) / len(values)
 
 
@@ -104,7 +109,6 @@ TASK = Task(
     summary="find the captions of an image and the image of a caption among all of a split",
     heads=("contrastive",),
     main_metric="recall_mean",
-    make_batch=make_batch,
     loss=loss,
     evaluate=evaluate,
     predict=predict,

@@ -1,19 +1,26 @@
 """Visual question answering as classification over a closed list of answers.
 
 Source: Sung et al. 2023 (arXiv 2304.14933), VLMo: pooled first token of the joint sequence, a two-layer classifier,
-binary cross-entropy over all answers times their number.
+binary cross-entropy over all answers times their number. The metric is that of the official evaluator.
 """
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from modalmerge.data.batches import PairArrays, trim
+from modalmerge.checkpoint import atomic_file
+from modalmerge.data.answers import official_accuracy
+from modalmerge.data.contract import Batch, TaskData, evaluation_batches
 from modalmerge.model import ModalMergeModel
 from modalmerge.records import Result
 from modalmerge.tasks import metrics
-from modalmerge.tasks.contract import Batch, Task
+from modalmerge.tasks.checks import check_classes, required
+from modalmerge.tasks.contract import Task
 
 EVALUATION_BATCH = 100
 FIRST = slice(0, 1)
@@ -24,20 +31,14 @@ def soft_target_loss(logits: Float[Tensor, " B A"], targets: Float[Tensor, " B A
     return functional.binary_cross_entropy_with_logits(logits, targets) * logits.shape[1]
 
 
-def answer_logits(
-    model: ModalMergeModel,
-    input_ids: Int[Tensor, " N T"],
-    attention_mask: Int[Tensor, " N T"],
-    pixel_values: Float[Tensor, " B 3 S S"],
-) -> Float[Tensor, " N A"]:
-    """Score all answers to N questions about B images, N/B questions on each, one image after the other.
+def answer_logits(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " N A"]:
+    """Score all answers to N questions about B images, as many on each as `owner` says.
 
     An image goes through the layers before the fusion once for all its questions; of the last layer only the
     first token is computed.
     """
-    text, image = model.begin_text(input_ids, attention_mask), model.begin_image(pixel_values)
-    numbers = torch.arange(len(pixel_values), device=input_ids.device)
-    owner = numbers.repeat_interleave(len(input_ids) // len(pixel_values))
+    text = model.begin_text(batch["input_ids"], batch["attention_mask"])
+    image, owner = model.begin_image(batch["pixel_values"]), batch["owner"]
     if model.config.early_attention == "separate":
         text, image = model.before_fusion(text), model.before_fusion(image).select(owner)
     else:
@@ -46,64 +47,69 @@ def answer_logits(
     return model.head("vqa")(model.head("pooler")(model.norm(hidden)[:, 0]))
 
 
-def make_batch(data: PairArrays, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-    """Ask all questions of each image; nothing is drawn."""
-    ids, mask = trim(data.questions[samples].flatten(0, 1))
-    answers = data.answers[samples].flatten()
-    return {
-        "pixel_values": data.pixel_values(samples),
-        "input_ids": ids,
-        "attention_mask": mask,
-        "answers": answers,
-    }
-
-
 def loss(model: ModalMergeModel, batch: Batch) -> Float[Tensor, ""]:
     """Soft-target loss; in the embedded world the one right answer has target 1."""
-    logits = answer_logits(model, batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
-    return soft_target_loss(logits, functional.one_hot(batch["answers"], logits.shape[1]).to(logits.dtype))
+    logits = answer_logits(model, batch)
+    return soft_target_loss(logits, required(batch, "targets").to(logits.dtype))
+
+
+def _scored(model: ModalMergeModel, data: TaskData) -> Iterator[tuple[Batch, Float[Tensor, " N A"]]]:
+    check_classes("answers", model.config.answers, model.config.num_answers, data)
+    for batch in evaluation_batches(data, EVALUATION_BATCH):
+        yield batch, answer_logits(model, batch)
 
 
 @torch.inference_mode()
-def all_logits(model: ModalMergeModel, data: PairArrays, samples: Int[Tensor, " N"]) -> Float[Tensor, " N K A"]:
-    """Score the answers to all questions of some images."""
-    num_questions = data.questions.shape[1]
-    parts = []
-    for part in samples.split(EVALUATION_BATCH):
-        ids, mask = trim(data.questions[part].flatten(0, 1))
-        logits = answer_logits(model, ids, mask, data.pixel_values(part))
-        parts.append(logits.unflatten(0, (len(part), num_questions)))
-    return torch.cat(parts)
+def evaluate(model: ModalMergeModel, data: TaskData) -> list[Result]:
+    """Accuracy over all questions of the split.
 
-
-def evaluate(model: ModalMergeModel, data: PairArrays) -> list[Result]:
-    """Accuracy over all questions of the split."""
-    logits = all_logits(model, data, torch.arange(len(data)))
-    return [metrics.accuracy(logits.flatten(0, 1), data.answers.flatten())]
-
-
-def predict(model: ModalMergeModel, data: PairArrays, samples: list[int]) -> list[dict]:
-    """Answer all questions of some images; classes, with the right one."""
-    best = all_logits(model, data, torch.tensor(samples)).argmax(-1)
+    Where human answers are known it is the official one, and the mean soft target of the most likely answers stands
+    beside it, which is how the authors' code measures; it leaves out questions without any of the model's answers,
+    here they count as wrong.
+    """
+    right, soft = [], []
+    for batch, logits in _scored(model, data):
+        targets, best = required(batch, "targets"), logits.argmax(1)
+        if "human_answers" not in batch:
+            right.append(metrics.hits(logits, targets.argmax(1)).double())
+            continue
+        numbers = ~logits.isnan().any(1)
+        said = [data.classes[number] for number in best.tolist()]
+        scores = [official_accuracy(answer, human) for answer, human in zip(said, batch["human_answers"], strict=True)]
+        right.append(torch.tensor(scores, dtype=torch.float64) * numbers.cpu())
+        soft.append(targets.gather(1, best[:, None])[:, 0] * numbers)
     return [
-        {
-            "sample": sample,
-            "asked": [
-                {
-                    "text": data.questions[sample, k].tolist(),
-                    "answer": int(row[k]),
-                    "right": int(data.answers[sample, k]),
-                }
-                for k in range(len(row))
-            ],
-        }
-        for sample, row in zip(samples, best, strict=True)
+        metrics.share(name, torch.cat(parts)) for name, parts in (("accuracy", right), ("soft_accuracy", soft)) if parts
     ]
 
 
-def chance(data: PairArrays) -> float:
+@torch.inference_mode()
+def predict(model: ModalMergeModel, data: TaskData, samples: list[int]) -> list[dict]:
+    """Answer all questions of some images; classes, with the right one."""
+    batch = data.batch(torch.tensor(samples))
+    best, right = answer_logits(model, batch).argmax(1), required(batch, "targets").argmax(1)
+    shown: list[dict] = [{"sample": sample, "asked": []} for sample in samples]
+    for number, owner in enumerate(batch["owner"].tolist()):
+        asked = {"text": batch["input_ids"][number].tolist(), "answer": int(best[number]), "right": int(right[number])}
+        shown[owner]["asked"].append(asked)
+    return shown
+
+
+def chance(data: TaskData) -> float:
     """Accuracy of guessing one of all answers: 100 over their number, whatever the questions are."""
-    return 100 / (int(data.answers.max()) + 1)
+    return 100 / len(data.classes)
+
+
+@torch.inference_mode()
+def submit(model: ModalMergeModel, data: TaskData, path: Path) -> None:
+    """Write the JSON file that VQA's server on EvalAI takes: question ids with answers, every question once."""
+    answers: dict[int, str] = {}
+    for batch, logits in _scored(model, data):
+        said = (data.classes[number] for number in logits.argmax(1).tolist())
+        answers.update(zip(batch["question_ids"], said, strict=True))
+    rows = [{"question_id": number, "answer": answer} for number, answer in answers.items()]
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(rows), encoding="utf-8")
 
 
 TASK = Task(
@@ -111,9 +117,9 @@ TASK = Task(
     summary="answer a question about an image, one of a closed list of answers",
     heads=("pooler", "vqa"),
     main_metric="accuracy",
-    make_batch=make_batch,
     loss=loss,
     evaluate=evaluate,
     predict=predict,
     chance=chance,
+    submit=submit,
 )

@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from modalmerge.data.batches import step_generator
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _LEAST = dict(
-    num_steps=1, batch_size=2, random_seed=0, weight_decay=0, head_rate_factor=0, clip_norm=0, checkpoint_steps=0
-)
+    num_steps=1, batch_size=2, random_seed=0, weight_decay=0, head_rate_factor=0, clip_norm=0, checkpoint_steps=0,
+    warmup_steps=0, micro_batch_size=0, num_workers=0,
+)  # fmt: skip
+CLASSIFIERS = ("vqa", "nlvr2", "segmentation", "classification")  # heads that tasks add, fresh at fine-tuning
 CHECKPOINT = "last.ckpt"
 
 # (step, number of steps, losses of the step by name)
@@ -38,17 +40,25 @@ class TrainSettings:
 
     Args:
         num_steps: optimiser steps.
-        batch_size: samples per step.
+        batch_size: samples per step, the source's effective batch.
         learning_rate: the highest.
         random_seed: decides samples, captions, masks, negatives and dropout of every step.
         warmup_fraction: share of the steps in which the learning rate rises, in [0, 1).
         weight_decay: of all but norms, biases and position tables.
         betas: of AdamW; (0.9, 0.98) is the source's.
-        head_rate_factor: factor on the learning rate of classifier heads (`vqa`).
+        head_rate_factor: factor on the learning rate of `CLASSIFIERS`.
         clip_norm: largest norm of the gradient; 0: not clipped, as in the source.
         precision: one of `PRECISIONS`.
         accelerator: Lightning's; `cpu` gives the same numbers on the same machine.
         checkpoint_steps: a checkpoint to resume from after so many steps; 0: none.
+        warmup_steps: steps in which the learning rate rises, all of them where `num_steps` is no more; 0: as
+            `warmup_fraction` says.
+        micro_batch_size: samples that go through the model at once; gradients are the mean over a step. What compares
+            the samples of a batch (contrastive loss, hard negatives) sees these only, as in the source. A divisor of
+            `batch_size`; from there on, and with 0, the batch goes through whole.
+        layer_decay: factor on the learning rate from each layer to the one below it, in (0, 1]; embeddings lie below
+            the first layer, the final norm, the heads and the position table above the last.
+        num_workers: processes that make batches ahead; no number depends on it.
     """
 
     num_steps: int
@@ -63,6 +73,10 @@ class TrainSettings:
     precision: str = "32-true"
     accelerator: str = "auto"
     checkpoint_steps: int = 200
+    warmup_steps: int = 0
+    micro_batch_size: int = 0
+    layer_decay: float = 1.0
+    num_workers: int = field(default=0, repr=False)  # a checkpoint goes on whatever it is
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -78,6 +92,23 @@ class TrainSettings:
             raise ValueError(f"training: warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"training: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.micro_batch_size == 1 or self.batch_size % self.samples_at_once:
+            raise ValueError(
+                f"training: micro_batch_size must be 0, a divisor of batch_size {self.batch_size} from 2 on, or more "
+                f"than that, got {self.micro_batch_size}"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"training: layer_decay must be in (0, 1], got {self.layer_decay}")
+
+    @property
+    def samples_at_once(self) -> int:
+        """Samples of one batch as `train` asks for it."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+    @property
+    def parts(self) -> int:
+        """Batches of one step."""
+        return self.batch_size // self.samples_at_once
 
 
 def train(
@@ -93,14 +124,16 @@ def train(
     """Train a model in place; go on from `folder`'s checkpoint where there is one.
 
     Args:
-        make_batch: step -> batch; equal steps must give equal batches.
-        losses: (batch, generator of the step) -> losses by name, `loss` being the one to minimise.
+        make_batch: number -> batch of `settings.samples_at_once` samples; equal numbers must give equal batches. A
+            step takes the next `settings.parts` of them. For `settings.num_workers` it must be picklable.
+        losses: (batch, generator of the batch) -> losses by name, `loss` being the one to minimise.
         folder: takes the checkpoint and the TensorBoard log.
         report: called after every step.
         show_bar: Lightning's progress bar, for a terminal.
 
     Returns:
-        For every step `step`, `learning_rate` and the losses, those before an interruption included.
+        For every step `step`, `learning_rate` and the losses, each the mean of its parts; those before an interruption
+        are included.
 
     Raises:
         ValueError: the loss is not finite, the checkpoint is of a run with other settings, or there is no such
@@ -135,11 +168,13 @@ def train(
             enable_progress_bar=show_bar,
             enable_model_summary=False,
             gradient_clip_val=settings.clip_norm or None,
+            accumulate_grad_batches=settings.parts,
             use_distributed_sampler=False,
         )
     except MisconfigurationException as error:
         raise ValueError(f"training: accelerator {settings.accelerator!r}: {error}") from error
-    loader = DataLoader(_Steps(make_batch, start, settings.num_steps), batch_size=None)
+    batches = _Batches(make_batch, start * settings.parts, settings.num_steps * settings.parts)
+    loader = DataLoader(batches, batch_size=None, num_workers=settings.num_workers)
     model.train()
     try:
         trainer.fit(module, loader, ckpt_path=checkpoint if start else None, weights_only=True)
@@ -153,21 +188,34 @@ def train(
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Split parameters by weight decay (none on norms, biases, position tables) and learning rate (heads apart).
+    """Split parameters by weight decay (none on norms, biases, position tables) and learning rate (heads, layers).
 
-    Source: the authors' groups. Departure: their list misses the per-modality norms (`norm1.v.weight`), which
-    then decay; here no norm does.
+    Source: the authors' groups; layer-wise decay is BEiT's. Departures: the authors' list misses the per-modality
+    norms (`norm1.v.weight`), which then decay; here no norm does. The one position table of all layers has the full
+    rate, as BEiT's shared one.
     """
+    names = [name for name, _ in model.named_parameters()]
+    top = 1 + max((_depth(name) for name in names), default=0)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         words = name.split(".")
         free = words[-1] in ("bias", "q_bias", "v_bias", "position_bias_table") or any("norm" in w for w in words)
-        factor = settings.head_rate_factor if words[:2] == ["heads", "vqa"] else 1.0
+        factor = settings.layer_decay ** (top - _depth(name, above=top))
+        if words[0] == "heads" and words[1] in CLASSIFIERS:
+            factor *= settings.head_rate_factor
         groups.setdefault((0.0 if free else settings.weight_decay, factor), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr": settings.learning_rate * factor}
         for (decay, factor), parameters in groups.items()
     ]
+
+
+def _depth(name: str, *, above: int = 0) -> int:
+    """Count from the embeddings, which are 0, through the layers; `above` for what lies on top of them."""
+    first, *rest = name.split(".")
+    if first == "layers":
+        return int(rest[0]) + 1
+    return 0 if first in ("text_embeddings", "image_embeddings", "token_types") else above
 
 
 def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
@@ -181,29 +229,45 @@ class _Module(lightning.LightningModule):
         super().__init__()
         self.model, self.settings, self.losses, self.report = model, settings, losses, report
         self.curve: list[dict[str, int | float]] = []
+        self.parts: list[dict[str, float]] = []  # losses of the batches of a step, until it is whole
 
-    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+    def training_step(self, numbered: tuple[int, Any], batch_index: int) -> Tensor:
+        number, batch = numbered
+        if isinstance(batch, Exception):
+            raise batch
         step = self.global_step
-        # Dropout draws from the global generator: set it from the step, so that a resumed run draws the same.
-        torch.manual_seed(self.settings.random_seed * 1_000_003 + step)
-        values = self.losses(batch, step_generator(self.settings.random_seed, step))
-        numbers = {name: value.item() for name, value in values.items()}
-        if not math.isfinite(numbers["loss"]):
-            raise ValueError(f"the loss is {numbers['loss']} at step {step} ({numbers}); lower learning_rate")
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.curve.append({"step": step, "learning_rate": rate, **numbers})
+        # Dropout draws from the global generator: set it from the number, so that a resumed run draws the same.
+        torch.manual_seed(self.settings.random_seed * 1_000_003 + number)
+        values = self.losses(batch, step_generator(self.settings.random_seed, number))
+        self.parts.append({name: value.item() for name, value in values.items()})
+        if not math.isfinite(self.parts[-1]["loss"]):
+            raise ValueError(
+                f"the loss is {self.parts[-1]['loss']} at step {step} ({self.parts[-1]}); lower learning_rate"
+            )
+        if len(self.parts) == self.settings.parts:
+            self._end_step(step)
+        return values["loss"]
+
+    def _end_step(self, step: int) -> None:
+        numbers = {name: math.fsum(part[name] for part in self.parts) / len(self.parts) for name in self.parts[0]}
+        self.parts = []
+        self.curve.append(
+            {"step": step, "learning_rate": self.settings.learning_rate * self._rate_factor(step), **numbers}
+        )
         self.log_dict({f"train/{name}": number for name, number in numbers.items()})
         if self.report is not None:
             self.report(step + 1, self.settings.num_steps, numbers)
-        return values["loss"]
+
+    def _rate_factor(self, step: int) -> float:
+        steps = self.settings.num_steps
+        return rate_factor(step, steps, self.settings.warmup_steps / steps or self.settings.warmup_fraction)
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.settings)
         # Lightning clips no mixed-precision gradients before a fused step, which undoes their scaling itself
         fused = not (self.settings.clip_norm and self.settings.precision != "32-true")
         optimizer = torch.optim.AdamW(groups, betas=self.settings.betas, fused=fused)
-        steps, warmup = self.settings.num_steps, self.settings.warmup_fraction
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, warmup))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -223,12 +287,20 @@ class _Module(lightning.LightningModule):
         return content["global_step"]
 
 
-class _Steps(IterableDataset):
+class _Batches(IterableDataset):
+    """Numbered batches; of several worker processes each makes every so manieth, and the loader takes turns."""
+
     def __init__(self, make_batch: Callable[[int], Any], start: int, stop: int) -> None:
         self.make_batch, self.start, self.stop = make_batch, start, stop
 
-    def __iter__(self) -> Iterator[Any]:
-        return (self.make_batch(step) for step in range(self.start, self.stop))
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        worker = get_worker_info()
+        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in range(self.start + first, self.stop, every):
+            try:
+                yield number, self.make_batch(number)
+            except ValueError as error:  # as it is: the loader would put a worker's traceback into the message
+                yield number, error
 
 
 class _SaveCheckpoint(lightning.Callback):
@@ -237,8 +309,9 @@ class _SaveCheckpoint(lightning.Callback):
     def __init__(self, path: Path, every_steps: int) -> None:
         self.path, self.every_steps = path, every_steps
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if trainer.global_step % self.every_steps == 0 and trainer.global_step < trainer.max_steps:
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if not module.parts and step % self.every_steps == 0 and step < trainer.max_steps:
             partial = self.path.with_suffix(".partial")
             try:
                 trainer.save_checkpoint(partial)

@@ -4,15 +4,18 @@ The merge lies between the second and what comes after it.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from modalmerge.checkpoint import atomic_folder
-from modalmerge.data.batches import PairArrays, step_generator, step_samples, trim
-from modalmerge.data.text import mask_words, word_index
+from modalmerge.data.batches import step_generator, step_samples
+from modalmerge.data.contract import Batch, TaskData
+from modalmerge.data.text import continuation_ids, mask_words, word_index
 from modalmerge.merge.procedures.healing import distillation_loss
 from modalmerge.model import ModalMergeConfig, ModalMergeModel, change_config, expand_experts, expert_map
 from modalmerge.registry import find
@@ -56,18 +59,33 @@ def model_from(tensors: Mapping[str, Tensor], config: ModalMergeConfig) -> Modal
     return model.eval()
 
 
+def numbered_batch(data: TaskData, settings: TrainSettings, number: int) -> Batch:
+    """Make one batch of a training run: which samples, and what is drawn for them, depends on its number alone."""
+    samples = step_samples(len(data), settings.samples_at_once, number, settings.random_seed)
+    return data.train_batch(samples, step_generator(settings.random_seed, number))
+
+
 def pretraining_batch(
-    data: PairArrays, tokenizer: PreTrainedTokenizerFast, settings: TrainSettings, step: int
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainSettings,
+    number: int,
+    *,
+    continuations: Int[Tensor, " id"] | None = None,
 ) -> PretrainingBatch:
-    """Make the batch of one step: a caption of each image, drawn, and the same with words hidden."""
-    generator = step_generator(settings.random_seed, step)
-    samples = step_samples(len(data), settings.batch_size, step, settings.random_seed)
-    choice = torch.randint(data.captions.shape[1], (len(samples),), generator=generator)
-    ids, mask = trim(data.captions[samples, choice])
+    """Make one batch of pre-training: a caption of each image, drawn, and the same with words hidden.
+
+    Args:
+        continuations: ids of pieces that continue a word, from `continuation_ids`; None: every token is a word.
+    """
+    generator = step_generator(settings.random_seed, number)
+    samples = step_samples(len(data), settings.samples_at_once, number, settings.random_seed)
+    batch = data.train_batch(samples, generator)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     masked, labels = mask_words(
         ids,
         mask,
-        word_index(ids, special_ids=tokenizer.all_special_ids),
+        word_index(ids, special_ids=tokenizer.all_special_ids, continuation_ids=continuations),
         probability=MASKED_FRACTION,
         vocab_size=len(tokenizer),
         mask_id=tokenizer.mask_token_id,
@@ -75,7 +93,7 @@ def pretraining_batch(
         generator=generator,
     )
     return PretrainingBatch(
-        pixel_values=data.pixel_values(samples),
+        pixel_values=batch["pixel_values"],
         input_ids=ids,
         attention_mask=mask,
         masked_ids=masked,
@@ -85,8 +103,8 @@ def pretraining_batch(
 
 def pretrain(
     model: ModalMergeModel,
-    data: PairArrays,
-    tokenizer: PreTrainedTokenizerFast,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     settings: TrainSettings,
     folder: Path,
@@ -101,7 +119,7 @@ def pretrain(
     return train(
         model,
         settings=settings,
-        make_batch=lambda step: pretraining_batch(data, tokenizer, settings, step),
+        make_batch=partial(pretraining_batch, data, tokenizer, settings, continuations=continuation_ids(tokenizer)),
         losses=lambda batch, generator: pretraining_losses(model, batch, generator=generator),
         folder=folder,
         report=report,
@@ -110,24 +128,40 @@ def pretrain(
 
 
 def with_task_head(
-    model: ModalMergeModel, task: str, *, random_seed: int, answers: tuple[str, ...] = ()
+    model: ModalMergeModel, task: str, *, random_seed: int, classes: tuple[str, ...] = ()
 ) -> ModalMergeModel:
     """Return a copy with the heads of a task: those it has are kept, others are drawn or left out.
 
+    A head for other classes is drawn anew. For `nlvr2` the second image of a pair gets a token type of its own, which
+    starts as that of the first, as in the authors' code and VLMo's.
+
     Args:
-        answers: for `vqa`, the closed list; stored with the model.
+        classes: the closed list of answers or classes, for tasks that have one; stored with the model.
     """
-    heads = find(TASKS, task, "task").heads
+    heads, old = find(TASKS, task, "task").heads, model.config
+    answers = classes if "vqa" in heads else ()
+    classes = classes if {"segmentation", "classification"} & set(heads) else ()
     config = change_config(
-        model.config,
+        old,
         heads=list(heads),
-        num_answers=len(answers) if "vqa" in heads else 0,
-        answers=list(answers) if "vqa" in heads else [],
+        num_answers=len(answers),
+        answers=list(answers),
+        num_classes=len(classes),
+        classes=list(classes),
+        num_token_types=max(old.num_token_types, 3 if "nlvr2" in heads else 0),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed)
         tuned = ModalMergeModel(config)
-    kept = model.state_dict()
+    others: tuple[str, ...] = ()  # heads for other classes
+    for key, classifiers in (("answers", ("vqa",)), ("classes", ("segmentation", "classification"))):
+        before, after = getattr(old, key), getattr(config, key)
+        if (before and before != after) or getattr(old, f"num_{key}") != len(after):
+            others += tuple(f"heads.{head}." for head in classifiers)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(others)}
+    types = kept["token_types.weight"]
+    second = types[1:2].expand(config.num_token_types - len(types), -1)
+    kept["token_types.weight"] = torch.cat([types, second])
     tuned.load_state_dict({name: kept.get(name, fresh) for name, fresh in tuned.state_dict().items()})
     return tuned
 
@@ -135,7 +169,7 @@ def with_task_head(
 def finetune(
     model: ModalMergeModel,
     task: str,
-    data: PairArrays,
+    data: TaskData,
     *,
     settings: TrainSettings,
     folder: Path,
@@ -148,15 +182,10 @@ def finetune(
         The curve of `train`.
     """
     chosen = find(TASKS, task, "task")
-
-    def make_batch(step: int) -> Mapping[str, Tensor]:
-        samples = step_samples(len(data), settings.batch_size, step, settings.random_seed)
-        return chosen.make_batch(data, samples, step_generator(settings.random_seed, step))
-
     return train(
         model,
         settings=settings,
-        make_batch=make_batch,
+        make_batch=partial(numbered_batch, data, settings),
         losses=lambda batch, _: {"loss": chosen.loss(model, batch)},
         folder=folder,
         report=report,
@@ -167,7 +196,7 @@ def finetune(
 def heal(
     model: ModalMergeModel,
     teacher: ModalMergeModel,
-    data: PairArrays,
+    data: TaskData,
     *,
     settings: TrainSettings,
     folder: Path,
@@ -195,16 +224,10 @@ def heal(
         told = ", ".join(f"{x} {getattr(model.config, x)} and {getattr(teacher.config, x)}" for x in differing)
         raise ValueError(f"the model to heal was not merged from these experts: {told}")
     frozen = model_from(teacher.state_dict(), teacher.config)  # a copy: training may move it to another device
-    retrieval = TASKS["retrieval"]
-
-    def make_batch(step: int) -> Mapping[str, Tensor]:
-        samples = step_samples(len(data), settings.batch_size, step, settings.random_seed)
-        return retrieval.make_batch(data, samples, step_generator(settings.random_seed, step))
-
     return train(
         model,
         settings=settings,
-        make_batch=make_batch,
+        make_batch=partial(numbered_batch, data, settings),
         losses=lambda batch, _: distillation_loss(model, frozen.to(batch["input_ids"].device), batch),
         folder=folder,
         report=report,
@@ -212,7 +235,7 @@ def heal(
     )
 
 
-def save(model: ModalMergeModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: ModalMergeModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a model with its tokenizer; the folder appears whole or not at all."""
     with atomic_folder(folder) as partial:
         model.save_pretrained(partial)

@@ -146,7 +146,7 @@ def entropy_loss(model: ModalMergeModel, batches: Sequence[Batch]) -> Callable[[
 
     def entropy(merged: ModalMergeModel, number: int) -> Tensor:
         batch = batches[number]
-        logits = answer_logits(merged, batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+        logits = answer_logits(merged, batch)
         chances = logits.log_softmax(-1)
         return -(chances.exp() * chances).sum(-1).mean()
 
