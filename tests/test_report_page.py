@@ -429,8 +429,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, name):
         ),
         (
             "jobs/a/predictions.json",
-            '{"task": "nlvr2", "model": "seed", "random_seed": 0, "samples": []}',
-            "predictions.json: unknown task 'nlvr2'; allowed: vqa, retrieval",
+            '{"task": "tagging", "model": "seed", "random_seed": 0, "samples": []}',
+            "predictions.json: unknown task 'tagging'; allowed: retrieval, vqa, nlvr2",
         ),
     ],
 )

@@ -26,7 +26,8 @@ from modalmerge.study import apply_changes, load_preset, run_study, to_dict
 from modalmerge.study import driver as driver_module
 from modalmerge.study import jobs as jobs_module
 from modalmerge.study.jobs import Context, run_job, split_data
-from modalmerge.study.plan import HIDDEN, REPAIRED, ROWS, describe, plan
+from modalmerge.study.plan import HIDDEN, REPAIRED, ROWS, Job, describe, plan
+from modalmerge.study.targets import TARGETS
 
 torch.set_num_threads(1)
 
@@ -52,9 +53,39 @@ def test_every_row_is_trained_or_merged_and_fine_tuned():
     preset = load_preset("tiny")
     jobs = plan(preset)
     assert {job.arguments["model"] for job in jobs if job.kind != "data"} == {*ROWS, "seed", "experts"}
-    tuned = {(job.arguments["model"], job.arguments["task"]) for job in jobs if job.kind == "finetune"}
-    wanted = {(name, task) for name in ROWS if name != "untrained" for task in preset.finetuning}
+    tuned = {(job.arguments["model"], job.arguments["target"]) for job in jobs if job.kind == "finetune"}
+    wanted = {(name, task) for name in ROWS if name != "untrained" for task in preset.tasks}
     assert tuned == wanted - {(name, "retrieval") for name in HIDDEN}
+
+
+def test_all_tasks_add_jobs_and_leave_those_of_every_study():
+    plain, preset = load_preset("tiny"), apply_changes(load_preset("tiny"), {"tasks": "all", "random_seeds": "[0, 3]"})
+    assert preset.tasks == tuple(TARGETS)
+    jobs = {job.id: job for job in plan(preset)}
+    assert all(jobs[job.id] == job for job in plan(plain)), "what every study has stays as it is"
+    known = set()
+    for job in jobs.values():
+        assert set(job.needs) <= known and job.kind in jobs_module.KINDS and job.weight > 0
+        known.add(job.id)
+    for target in ("nlvr2", "postcards", "segmentation", "classification"):
+        for random_seed in (0, 3):
+            tuned = {name for name in ROWS if f"{random_seed}-{name}-{target}" in jobs}
+            # the others have one side, or cannot be told by one
+            sides = HIDDEN if target == "nlvr2" and random_seed == 0 else set()
+            assert tuned == {"agnostic", "specific", "scratch", "naive-interpolation", "recipe-interpolation", *sides}
+    tuned_experts = {job.arguments["target"] for job in jobs.values() if job.arguments.get("merged")}
+    assert tuned_experts == {"vqa", "nlvr2", "segmentation", "classification"}
+    assert jobs["0-experts-vqa"].needs == ("data", "0-experts", "0-recipe-interpolation")
+    assert jobs["0-naive-interpolation-alone"].needs == ("data", "0-naive-interpolation")
+
+
+def test_every_task_draws_batches_of_its_own():
+    job = Job(id="x", kind="finetune", random_seed=2)
+    seeds = [jobs_module._stage_seed(job, stage) for stage in ("seed", "specific", *TARGETS, "healing", "continued")]
+    assert len(set(seeds)) == len(seeds)
+    # those of studies before there were more tasks
+    wanted = {"retrieval": 204, "vqa": 205, "healing": 206, "continued": 207}
+    assert {stage: jobs_module._stage_seed(job, stage) for stage in wanted} == wanted
 
 
 def test_the_recipe_has_the_steps_of_the_baseline():
@@ -162,7 +193,7 @@ def jobs(monkeypatch):
                 metric="accuracy", value=1.0, unit="percent", direction="higher", num_samples=1, steps=0,
                 parameters=1, distances={}, commit=context.commit, command=context.command,
             )  # fmt: skip
-            jobs_module._leave(context, job, scratch, steps=1, cells=[cell])
+            jobs_module.leave(context, job, scratch, steps=1, cells=[cell])
         finally:
             with lock:
                 happened.ended.append(job.id)
@@ -454,7 +485,7 @@ def test_the_same_study_again_does_nothing(study):
 def test_jobs_by_themselves_interrupted_give_the_same_numbers(study, tmp_path, monkeypatch, cache):
     """In this process, one after the other, each stopped once in training and gone on with."""
     context = Context(run=tmp_path, preset=micro.preset(), commit="", command="", num_threads=1)
-    progress, stopped = jobs_module._progress, set()
+    progress, stopped = jobs_module.note_progress, set()
 
     def stopping(scratch):
         report = progress(scratch)
@@ -467,7 +498,7 @@ def test_jobs_by_themselves_interrupted_give_the_same_numbers(study, tmp_path, m
 
         return stop
 
-    monkeypatch.setattr(jobs_module, "_progress", stopping)
+    monkeypatch.setattr(jobs_module, "note_progress", stopping)
     cells = []
     for job in plan(context.preset):
         if job.kind in ("pretrain", "finetune"):

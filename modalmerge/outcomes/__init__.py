@@ -9,6 +9,7 @@ What takes numpy is loaded on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from modalmerge.outcomes.forgetting import HIDDEN_WORDS, STATES
 from modalmerge.outcomes.sets import (
     KINDS,
     METRICS,
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from modalmerge.outcomes.ranks import Correlation, Estimate, correlations
 
 __all__ = [
+    "HIDDEN_WORDS",
     "KINDS",
     "METRICS",
     "SET_SETTING",
+    "STATES",
     "Baseline",
     "Correlation",
     "Estimate",

@@ -12,9 +12,10 @@ from typing import Any
 
 from modalmerge.outcomes import Point
 from modalmerge.records import Cell
+from modalmerge.report.columns import COLUMNS, ZERO_SHOT
 from modalmerge.report.numbers import Number, average
-from modalmerge.report.run import Curve
-from modalmerge.report.summary import COLUMNS, MAIN_ROWS, ZERO_SHOT, KeptPoint, Row, Summary
+from modalmerge.report.run import FINETUNING_STAGES, Curve
+from modalmerge.report.summary import MAIN_ROWS, KeptPoint, Row, Summary
 
 Figure = dict[str, Any]
 
@@ -191,7 +192,6 @@ def coefficient_curves(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
     Returns:
         Title and figure of every chart.
     """
-    metrics = {(stage, task, metric): title for title, stage, task, metric in COLUMNS.values()}
     groups: dict[tuple[str, str], dict[tuple[str, str], dict[float, list[Cell]]]] = {}
     used = set()
     for cell in cells:
@@ -199,12 +199,13 @@ def coefficient_curves(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
             continue
         for name in ("ratio", "scale"):
             value = cell.settings.get(name)
-            if not isinstance(value, (int, float)) or (cell.stage, cell.task, cell.metric) not in metrics:
+            title = next((column.title for column in COLUMNS.values() if column.holds(cell)), None)
+            if not isinstance(value, (int, float)) or title is None:
                 continue
             if cell.split == "test":
                 used.add((name, cell.role, cell.method, value))
             elif cell.split == "validation":
-                chart = groups.setdefault((name, metrics[cell.stage, cell.task, cell.metric]), {})
+                chart = groups.setdefault((name, title), {})
                 chart.setdefault((cell.role, cell.method), {}).setdefault(value, []).append(cell)
     charts = []
     for (name, metric), series in groups.items():
@@ -238,9 +239,9 @@ def finetuning_curves(curves: Sequence[Curve]) -> list[tuple[str, Figure]]:
     """Draw the losses of fine-tuning, one chart per task; of further merges and repairs there would be too many."""
     charts = []
     curves = [x for x in curves if x.model in _PLAIN_MERGES or not x.model.startswith(("recipe-", "naive-"))]
-    for stage, title in (("retrieval", "Retrieval, loss"), ("vqa", "VQA, loss")):
+    for stage, title in FINETUNING_STAGES.items():
         chosen = [curve for curve in curves if curve.stage == stage]
-        charts += [(title, figure) for _, figure in _loss_charts(chosen, {}, losses=("loss",))]
+        charts += [(f"{title}, loss", figure) for _, figure in _loss_charts(chosen, {}, losses=("loss",))]
     return charts
 
 

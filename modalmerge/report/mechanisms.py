@@ -1,8 +1,9 @@
 """Sections on what else may be done with the same experts: other merges, keeping some apart, repairs."""
 
 from modalmerge.report import charts
+from modalmerge.report.columns import COLUMNS, ZERO_SHOT
 from modalmerge.report.parts import Parts, escape, html_table, parameter_count, row_head, traced_or_dash
-from modalmerge.report.summary import COLUMNS, ZERO_SHOT, Row, Summary
+from modalmerge.report.summary import Row, Summary
 from modalmerge.report.text import (
     NOTE_KEPT,
     NOTE_REPAIR,
@@ -50,7 +51,7 @@ def kept_curve(summary: Summary, parts: Parts) -> str:
     points = summary.kept
     if not points:
         return ""
-    title, *_ = COLUMNS[ZERO_SHOT]
+    title = COLUMNS[ZERO_SHOT].title
     lines = [
         [f"{point.keep_fraction:g}", format_count(round(point.parameters)), traced_or_dash(point.number, parts)]
         for point in points

@@ -68,11 +68,11 @@ def average(cells: Iterable[Cell]) -> Number:
     )
 
 
-def averages(cells: Iterable[Cell]) -> dict[tuple[str, str, str], Number]:
-    """Average the cells of one model by (stage, task, metric)."""
-    groups: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
+def averages(cells: Iterable[Cell]) -> dict[tuple[str, str, str, str], Number]:
+    """Average the cells of one model by (stage, data set, task, metric)."""
+    groups: dict[tuple[str, str, str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
-        groups[cell.stage, cell.task, cell.metric].append(cell)
+        groups[cell.stage, cell.dataset, cell.task, cell.metric].append(cell)
     return {key: average(members) for key, members in groups.items()}
 
 
@@ -133,16 +133,16 @@ def refuse_clash(cells: Iterable[Cell]) -> None:
         first, second = clash
         raise ValueError(
             f"cells {first.id!r} and {second.id!r} give the same number of one model ({first.role}, "
-            f"{first.stage} {first.task} {first.metric}, random seed {first.random_seed}); "
+            f"{first.stage} {first.dataset} {first.task} {first.metric}, random seed {first.random_seed}); "
             f"remove one of their lines from cells.jsonl"
         )
 
 
 def find_clash(cells: Iterable[Cell]) -> list[Cell]:
     """Find the first two cells that give the same number of one random seed; none where there are no such."""
-    seen: dict[tuple[str, str, str, int], Cell] = {}
+    seen: dict[tuple[str, str, str, str, int], Cell] = {}
     for cell in cells:
-        first = seen.setdefault((cell.stage, cell.task, cell.metric, cell.random_seed), cell)
+        first = seen.setdefault((cell.stage, cell.dataset, cell.task, cell.metric, cell.random_seed), cell)
         if first is not cell:
             return [first, cell]
     return []

@@ -10,20 +10,15 @@ from typing import Any
 from modalmerge.outcomes import KINDS
 from modalmerge.records import Cell
 from modalmerge.report import charts, outcomes
+from modalmerge.report.columns import COLUMNS, EXTRA_COLUMNS, FURTHER_COLUMNS
 from modalmerge.report.document import document
+from modalmerge.report.forgetting import forgetting_section, markdown_forgetting
 from modalmerge.report.mechanisms import kept_curve, mechanisms, repairs
 from modalmerge.report.numbers import unique
 from modalmerge.report.parts import Parts, escape, html_table, parameter_count, row_head, scroll, traced_or_dash
 from modalmerge.report.run import Predictions, Run, read_run
 from modalmerge.report.style import TRACE
-from modalmerge.report.summary import (
-    COLUMNS,
-    EXTRA_COLUMNS,
-    RECALL_DEPTHS,
-    Row,
-    Summary,
-    summarise,
-)
+from modalmerge.report.summary import RECALL_DEPTHS, Row, Summary, summarise
 from modalmerge.report.text import (
     NOTE_GAIN,
     NOTE_POSITION,
@@ -67,7 +62,10 @@ def write_report(run: Path, output: Path) -> int:
         raise ValueError(f"{output} cannot be written: give a file in a folder that exists, such as report.html")
     content = read_run(run)
     cells = unique(content.cells)
-    text = markdown_page(content) + outcomes.markdown_outcomes(cells) if output.suffix == ".md" else page(content)
+    if output.suffix == ".md":
+        text = markdown_page(content) + markdown_forgetting(cells) + outcomes.markdown_outcomes(cells)
+    else:
+        text = page(content)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -95,6 +93,7 @@ def page(run: Run) -> str:
         mechanisms(summary, parts),
         kept_curve(summary, parts),
         repairs(summary, parts),
+        forgetting_section(cells, parts),
         _controls(summary, parts),
         _recalls(summary, parts),
         outcomes.outcome_section(cells, parts),
@@ -190,7 +189,7 @@ def _lower(name: str) -> str:
 def _controls(summary: Summary, parts: Parts) -> str:
     if not summary.controls:
         return ""
-    titles = {column: title for column, (title, *_) in (COLUMNS | EXTRA_COLUMNS).items()}
+    titles = {key: column.title for key, column in (COLUMNS | FURTHER_COLUMNS | EXTRA_COLUMNS).items()}
     columns = [column for column in titles if any(column in row.numbers for row in summary.controls)]
     lines = []
     for row in summary.controls:
@@ -301,10 +300,7 @@ def _losses(run: Run, parts: Parts) -> str:
 
 def _samples(predictions: Sequence[Predictions]) -> str:
     sections = []
-    for task, title in (
-        ("vqa", "Questions and answers"),
-        ("retrieval", "Captions ranked first for an image"),
-    ):
+    for task, (title, show) in SHOWN.items():
         chosen = [prediction for prediction in predictions if prediction.task == task]
         if not chosen:
             continue
@@ -317,7 +313,6 @@ def _samples(predictions: Sequence[Predictions]) -> str:
             for sample in prediction.samples:
                 key = (sample["sample"], sample["image"])
                 together.setdefault(key, []).append((charts.who_is(prediction.model), sample))
-        show = _asked if task == "vqa" else _found
         blocks = [
             f'<div class="sample"><img src="{escape(image)}" alt="sample {number}">{show(answers)}</div>'
             for (number, image), answers in sorted(together.items(), key=lambda item: item[0])
@@ -360,6 +355,27 @@ def _found(answers: Sequence[tuple[str, dict[str, Any]]]) -> str:
         items = "".join(f"<li>{_mark(item['right'], item['text'])}</li>" for item in sample["found"][:CAPTIONS_SHOWN])
         lines.append(f"<dt>{escape(who)}</dt><dd><ol>{items}</ol></dd>")
     return f"<dl>{''.join(lines)}</dl>"
+
+
+def _covered(answers: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    lines = []
+    for who, sample in answers:
+        shares = ", ".join(
+            f"{escape(item['class'])} {item['found']:.1f} % ({item['right']:.1f} %)" for item in sample["covered"]
+        )
+        lines.append(f"<dt>{escape(who)}</dt><dd>{shares}</dd>")
+    return f"<dl>{''.join(lines)}</dl>"
+
+
+# what was fine-tuned on -> title of its samples, and what lays one out
+SHOWN = {
+    "vqa": ("Questions and answers", _asked),
+    "nlvr2": ("Statements on two images", _asked),
+    "retrieval": ("Captions ranked first for an image", _found),
+    "postcards": ("The same in the second domain", _found),
+    "segmentation": ("What covers how much of an image (and what is right)", _covered),
+    "classification": ("What an image shows", _asked),
+}
 
 
 def _mark(right: bool, text: str) -> str:

@@ -11,7 +11,25 @@ from typing import Any
 from modalmerge.records import Cell, read_lines
 
 IMAGE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
-STAGES = ("pretraining", "retrieval", "vqa", "healing", "continued")
+FINETUNING_STAGES = {
+    "retrieval": "Retrieval",
+    "vqa": "VQA",
+    "nlvr2": "NLVR2",
+    "postcards": "Retrieval, second domain",
+    "segmentation": "Segmentation",
+    "classification": "Classification",
+}
+STAGES = ("pretraining", *FINETUNING_STAGES, "healing", "continued")
+
+# what was fine-tuned on -> where the answers to a sample are, and the form of one
+FORMS: dict[str, tuple[str, dict[str, type]]] = {
+    "vqa": ("asked", {"text": str, "answer": str, "right": str}),
+    "nlvr2": ("asked", {"text": str, "answer": str, "right": str}),
+    "classification": ("asked", {"text": str, "answer": str, "right": str}),
+    "retrieval": ("found", {"text": str, "right": bool}),
+    "postcards": ("found", {"text": str, "right": bool}),
+    "segmentation": ("covered", {"class": str, "found": float, "right": float}),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +56,9 @@ class Predictions:
 
     Args:
         job: name of the job's folder.
-        task: "vqa" or "retrieval".
+        task: what was fine-tuned on, a key of `FINETUNING_STAGES`.
         model, random_seed: as the study wrote them.
-        samples: each with `sample`, `image` (a PNG as data URI), and `asked` (vqa) or `found` (retrieval).
+        samples: each with `sample`, `image` (a PNG as data URI), and what `FORMS` says.
     """
 
     job: str
@@ -75,6 +93,7 @@ class Run:
             "methods": (str,),
             "repairs": (str,),
             "keep_fractions": (int, float),
+            "tasks": (str,),
         }
         listed = {name: self._list(name, *kind) for name, kind in kinds.items()}
         return listed | {"expert_sets": self._expert_sets()}
@@ -164,13 +183,9 @@ def _curve(content: dict[str, Any], job: str) -> Curve:
 
 def _predictions(content: dict[str, Any], job: str) -> Predictions:
     task = _field(content, "task", str)
-    forms: dict[str, tuple[str, dict[str, type]]] = {
-        "vqa": ("asked", {"text": str, "answer": str, "right": str}),
-        "retrieval": ("found", {"text": str, "right": bool}),
-    }
-    if task not in forms:
-        raise ValueError(f"unknown task {task!r}; allowed: {', '.join(forms)}")
-    inside, form = forms[task]
+    if task not in FINETUNING_STAGES:
+        raise ValueError(f"unknown task {task!r}; allowed: {', '.join(FINETUNING_STAGES)}")
+    inside, form = FORMS[task]
     samples = _field(content, "samples", list)
     for sample in samples:
         if not isinstance(sample, dict):

@@ -5,22 +5,13 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from modalmerge.outcomes import KINDS, SET_SETTING, points
+from modalmerge.outcomes import HIDDEN_WORDS, KINDS, SET_SETTING, STATES, points
 from modalmerge.records import Cell
+from modalmerge.report.columns import COLUMNS, EXTRA_COLUMNS, FURTHER_COLUMNS, ZERO_SHOT, Column
 from modalmerge.report.numbers import Number, average, averages, find_clash, new_number, refuse_clash, unique
-
-# key -> (title, stage, task, metric)
-COLUMNS = {
-    "zero-shot retrieval": ("Zero-shot retrieval, mean recall %", "zero-shot", "retrieval", "recall_mean"),
-    "fine-tuned retrieval": ("Fine-tuned retrieval, mean recall %", "fine-tuned", "retrieval", "recall_mean"),
-    "fine-tuned vqa": ("Fine-tuned VQA, accuracy %", "fine-tuned", "vqa", "accuracy"),
-}
-ZERO_SHOT = "zero-shot retrieval"
-# measured for the untrained control alone: without fine-tuning nothing else has an answer head
-EXTRA_COLUMNS = {"zero-shot vqa": ("VQA without fine-tuning, accuracy %", "zero-shot", "vqa", "accuracy")}
 
 # (role, method) that every study has; nothing was merged in the first two
 MAIN_ROWS = (
@@ -152,6 +143,7 @@ def summarise(
     repairs: Iterable[str] = (),
     keep_fractions: Iterable[float] = (),
     expert_sets: Iterable[str] = (),
+    tasks: Iterable[str] = (),
 ) -> Summary:
     """Average the test cells over random seeds and compare them with naive merging.
 
@@ -161,8 +153,8 @@ def summarise(
         cells: of one study, in any order; any part of them, or none, is fine.
         random_seeds: those that the study was asked for, so that one without a cell counts as missing; those
             of the cells need not be named.
-        methods, repairs, keep_fractions, expert_sets: the same for what the study was asked for beside the models that
-            all have.
+        methods, repairs, keep_fractions, expert_sets, tasks: the same for what the study was asked for beside what all
+            studies have.
 
     Returns:
         The summary.
@@ -175,11 +167,13 @@ def summarise(
     seeds = tuple(sorted({*random_seeds, *(cell.random_seed for cell in tested)}))
     of_sets = [cell for cell in tested if SET_SETTING in cell.settings]
     tested = [cell for cell in tested if SET_SETTING not in cell.settings]
+    tested = [cell for cell in tested if cell.settings.get("control") not in STATES and cell.task != HIDDEN_WORDS]
     groups: dict[_Key, list[Cell]] = {_Key(role, method): [] for role, method in MAIN_ROWS}
     groups |= {_Key("other", control=control): [] for control in CONTROLS}
     groups |= {_Key("other", method): [] for method in methods}
     groups |= {_repair_key(repair): [] for repair in repairs}
     kept = [cell for cell in tested if KEPT_SETTING in cell.settings]
+    columns = _shown_columns(tested, tasks)
     for cell in tested:
         if KEPT_SETTING not in cell.settings:
             groups.setdefault(_key(cell), []).append(cell)
@@ -195,14 +189,14 @@ def summarise(
     plain = [row for row in rows if not row.control and not row.repair]
     curve = tuple(_kept_curve(kept, recipe))
     return Summary(
-        columns={key: title for key, (title, *_) in COLUMNS.items()},
+        columns={key: column.title for key, column in columns.items()},
         random_seeds=seeds,
         rows=tuple(sorted(plain, key=_place)),
         repairs=tuple(row for row in rows if row.repair),
         kept=curve,
         controls=tuple(row for row in rows if row.control and row.numbers),
         missing=(
-            *_missing(rows, seeds),
+            *_missing(rows, seeds, columns),
             *_missing_points(curve, seeds, keep_fractions),
             *_missing_sets(of_sets, seeds, expert_sets),
         ),
@@ -227,6 +221,18 @@ def retrieval_chance(num_images: int, num_captions: int) -> float:
         drawn = min(depth, num_captions)
         shares.append(1 - math.comb(of_others, drawn) / math.comb(num_captions, drawn))
     return 100 * statistics.fmean(shares)
+
+
+def _shown_columns(cells: Iterable[Cell], tasks: Iterable[str]) -> dict[str, Column]:
+    """Take the columns that every study has, and those of further tasks that were measured or asked for."""
+    measured = {(cell.stage, cell.dataset, cell.task, cell.metric) for cell in cells}
+    asked = set(tasks)
+    return COLUMNS | {
+        key: column
+        for key, column in FURTHER_COLUMNS.items()
+        if key.split()[1] in asked
+        or any((column.stage, dataset, column.task, column.metric) in measured for dataset in column.datasets)
+    }
 
 
 class _Key(NamedTuple):
@@ -261,10 +267,9 @@ def _place(row: Row) -> float:
 
 def _kept_curve(cells: Sequence[Cell], recipe: Row) -> list[KeptPoint]:
     """Average the partly merged models by how much they keep; plain interpolation is the curve's start."""
-    _, *wanted = COLUMNS[ZERO_SHOT]
     groups: dict[float, list[Cell]] = defaultdict(list)
     for cell in cells:
-        if [cell.stage, cell.task, cell.metric] == wanted:
+        if COLUMNS[ZERO_SHOT].holds(cell):
             groups[float(cell.settings[KEPT_SETTING])].append(cell)
     points = [
         KeptPoint(
@@ -308,20 +313,20 @@ def _plain(value: Any) -> str:
 def _row(key: _Key, variant: str, cells: list[Cell]) -> Row:
     role, method, control, repair = key
     found = averages(cells)
-    columns = COLUMNS | EXTRA_COLUMNS if control == "untrained" else COLUMNS
-    numbers = {
-        column: found[stage, task, metric]
-        for column, (_, stage, task, metric) in columns.items()
-        if (stage, task, metric) in found
-    }
+    columns = COLUMNS | FURTHER_COLUMNS | (EXTRA_COLUMNS if control == "untrained" else {})
+    numbers: dict[str, Number] = {}
+    for name, column in columns.items():
+        for dataset in column.datasets:
+            if number := found.get((column.stage, dataset, column.task, column.metric)):
+                numbers.setdefault(name, number)
     settings: dict[str, list[Any]] = {}
     for cell in cells:
         for name, value in cell.settings.items():
             if name not in NO_SETTINGS and value not in settings.setdefault(name, []):
                 settings[name].append(value)
     recalls: dict[str, dict[str, Number]] = {}
-    for (stage, _, metric), number in found.items():
-        if metric in RECALLS:
+    for (stage, dataset, _, metric), number in found.items():
+        if metric in RECALLS and dataset in COLUMNS[ZERO_SHOT].datasets:
             recalls.setdefault(stage, {})[metric] = number
     name = _name(key)
     return Row(
@@ -361,10 +366,10 @@ def _chance(cells: list[Cell]) -> dict[str, float]:
     chance = {}
     sizes = {}
     for cell in cells:
-        for column, (_, *wanted) in (COLUMNS | EXTRA_COLUMNS).items():
-            if [cell.stage, cell.task, cell.metric] == wanted and "chance" in cell.settings:
-                chance[column] = float(cell.settings["chance"])
-        if (cell.stage, cell.task) == ("zero-shot", "retrieval"):
+        for key, column in (COLUMNS | FURTHER_COLUMNS | EXTRA_COLUMNS).items():
+            if column.holds(cell) and "chance" in cell.settings:
+                chance[key] = float(cell.settings["chance"])
+        if (cell.stage, cell.task) == ("zero-shot", "retrieval") and cell.dataset in COLUMNS[ZERO_SHOT].datasets:
             sizes[cell.metric] = cell.num_samples
     if ZERO_SHOT not in chance and {"text_recall_1", "image_recall_1"} <= set(sizes):
         chance[ZERO_SHOT] = retrieval_chance(sizes["text_recall_1"], sizes["image_recall_1"])
@@ -438,15 +443,18 @@ def _position(own: dict[int, float], low: dict[int, float], high: dict[int, floa
     )
 
 
-def _missing(rows: list[Row], random_seeds: tuple[int, ...]) -> list[str]:
+def _missing(rows: list[Row], random_seeds: tuple[int, ...], columns: Mapping[str, Column]) -> list[str]:
     missing = []
     for row in rows:
         if row.control:
             if not row.numbers and row.control in CONTROLS:
                 missing.append(f"control: {row.name}")
             continue
-        for column, (title, *_) in COLUMNS.items():
-            missing += _missing_seeds(f"{row.name}: {title}", _seeds_of(row.numbers.get(column)), random_seeds)
+        for key, column in columns.items():
+            if key in FURTHER_COLUMNS and (row.repair or (row.role, row.method) not in MAIN_ROWS[:-1]):
+                continue  # those are measured on what every study has
+            found = _seeds_of(row.numbers.get(key))
+            missing += _missing_seeds(f"{row.name}: {column.title}", found, random_seeds)
     return missing
 
 

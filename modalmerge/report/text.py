@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from modalmerge.report.columns import COLUMNS, ZERO_SHOT
 from modalmerge.report.numbers import Number, unique
 from modalmerge.report.run import Run
-from modalmerge.report.summary import COLUMNS, ZERO_SHOT, Position, Row, Summary, summarise
+from modalmerge.report.summary import Position, Row, Summary, summarise
 
 NOTE_GAIN = "Gain: difference to naive merging, paired over random seeds."
 NOTE_POSITION = "Position: naive merging is 0 %, the baseline 100 %."
@@ -179,7 +180,7 @@ def markdown(summary: Summary) -> str:
         lines += ["", "## Repairs", "", *_markdown_numbers(summary, repair_rows(summary))]
         lines += ["", f"In brackets: {NOTE_REPAIR}"]
     if summary.kept:
-        title, *_ = COLUMNS[ZERO_SHOT]
+        title = COLUMNS[ZERO_SHOT].title
         lines += ["", "## Keeping some experts apart", "", *markdown_head(["Kept", "Parameters", title])]
         for point in summary.kept:
             texts = [f"{point.keep_fraction:g}", format_count(round(point.parameters)), format_number(point.number)]

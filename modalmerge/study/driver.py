@@ -25,7 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from modalmerge import __version__
 from modalmerge.checkpoint import atomic_file
 from modalmerge.records import Cell, append_line, read_lines
-from modalmerge.study.jobs import CELLS, PROGRESS, Context, model_config, run_job
+from modalmerge.study.folders import CELLS, PROGRESS, Context
+from modalmerge.study.jobs import model_config, run_job
 from modalmerge.study.plan import Job, plan
 from modalmerge.study.presets import GROWING, Preset, to_dict, what_differs
 

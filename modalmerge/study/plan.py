@@ -4,13 +4,14 @@ A model job trains or merges one model and measures it zero-shot. A fine-tuning 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from modalmerge.merge.methods import METHODS, takes
 from modalmerge.merge.procedures import PROCEDURES
 from modalmerge.study.presets import ExpertSet, Preset
+from modalmerge.study.targets import BASIC_TARGETS, TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,17 @@ STARTS = {"experts": "seed", "specific": "untrained"}  # experts -> the weights 
 
 # What a control cannot see.
 HIDDEN = {"text-only": "vision", "image-only": "text"}
+# Tasks that can be tried with one side hidden. With none there is nothing to tell pairs by (zero-shot retrieval shows
+# that), and segmentation and classification have one side only.
+TOLD_BY_ONE_SIDE = ("vqa", "nlvr2")
+
+# The recipe's experts and what they become, for the forgetting sheet.
+EXPERTS, MERGED = "experts", "recipe-interpolation"
+MERGED_AFTER = "experts-merged"  # fine-tuned first, then merged
+ALONE = {
+    EXPERTS: Row(role="other", initialisation="seed", control="experts"),
+    MERGED_AFTER: Row(role="other", method="interpolation", initialisation="seed", control="experts-merged"),
+}
 
 
 def describe(model: str) -> Row:
@@ -67,7 +79,7 @@ def describe(model: str) -> Row:
 
     What an expert set started from is not in its name, but in the arguments of its job.
     """
-    fixed = {**ROWS, **REPAIRED}
+    fixed = {**ROWS, **REPAIRED, **ALONE}
     if model in fixed:
         return fixed[model]
     if model.startswith(SET):
@@ -112,7 +124,7 @@ def plan(preset: Preset) -> list[Job]:
 def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
     total, seed_steps = preset.pretraining.num_steps, preset.seed_steps
     # A fine-tuning step has one objective in place of three, over fewer tokens.
-    cost = {task: 0.3 * settings.num_steps for task, settings in preset.finetuning.items()}
+    cost = {target: 0.3 * preset.finetuning[target].num_steps for target in preset.tasks}
     prefix = f"{random_seed}"
 
     def job(name: str, kind: str, *needs: str, weight: float, **arguments: Any) -> Job:
@@ -176,13 +188,34 @@ def _one_repetition(preset: Preset, random_seed: int) -> list[Job]:
         tuned.append(name)
     starts = {"scratch": "untrained", "text-only": "agnostic", "image-only": "agnostic"}
     for name in tuned:
-        for task in preset.finetuning:
-            if name in HIDDEN and task == "retrieval":
-                continue  # with one side hidden there is nothing to tell pairs by; zero-shot shows that
-            start = starts.get(name, name)
-            jobs.append(job(f"{name}-{task}", "finetune", start, weight=cost[task], model=name, task=task, start=start))
+        start = starts.get(name, name)
+        for target in preset.tasks:
+            if name in HIDDEN and TARGETS[target].task not in TOLD_BY_ONE_SIDE:
+                continue
+            if name in HIDDEN and target not in BASIC_TARGETS and random_seed != preset.random_seeds[0]:
+                continue  # once is enough for what a task's data decide, not the model
+            if name == "recipe-arithmetic" and target not in BASIC_TARGETS:
+                continue  # interpolation speaks for the recipe there
+            settings = dict(model=name, target=target, start=start)
+            jobs.append(job(f"{name}-{target}", "finetune", start, weight=cost[target], **settings))
+    jobs += _forgetting(preset, job, cost)
     trained = {done.arguments.get("model") for done in jobs}
     return jobs + _expert_sets(preset, trained, pretraining, merging)
+
+
+def _forgetting(preset: Preset, job: Callable[..., Job], cost: Mapping[str, float]) -> list[Job]:
+    """List what measures each modality by itself, where there is more than the basic tasks."""
+    if set(preset.tasks) <= set(BASIC_TARGETS):
+        return []
+    total = preset.pretraining.num_steps
+    measured = ["agnostic", "specific", EXPERTS, "naive-interpolation", MERGED, "untrained"]
+    jobs = [job(f"{name}-alone", "measure", name, weight=0.02 * total, model=name, start=name) for name in measured]
+    for target in preset.tasks:
+        if TARGETS[target].task != "retrieval":  # that needs no fine-tuning to be measured
+            settings = dict(model=EXPERTS, target=target, start=EXPERTS, merged=MERGED)
+            needs = (EXPERTS, MERGED)
+            jobs.append(job(f"{EXPERTS}-{target}", "finetune", *needs, weight=1.2 * cost[target], **settings))
+    return jobs
 
 
 def _expert_sets(
