@@ -274,3 +274,135 @@ def _print_measured(measured: dict[str, Any]) -> None:
         console.print(shown)
     before, after = (measured["load_average"][when][0] for when in ("before", "after"))
     console.print(f"load average {before:.2f} before, {after:.2f} after")
+
+
+@bench_app.command("inference", epilog="Example: modalmerge bench inference --tasks retrieval,vqa -o inference.json")
+def bench_inference(
+    size: Annotated[str, typer.Option(help="Model size, by name.")] = "base",
+    tasks: Annotated[str, typer.Option(metavar="TASK,TASK,...", help="By default all.")] = "",
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels per side for all tasks; by default each task's usual ones.", min=1)
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Samples that are asked at once.")] = "1,8",
+    batches: Annotated[int, typer.Option(help="Batches that are timed in one run.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turns; medians are shown.", min=1)] = 3,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Where the models lie meanwhile, 1.6 GB at size base; in memory by default."),
+    ] = None,
+    as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for everything measured.")] = None,
+) -> None:
+    """Measure the merged against the modality-specific model in use: parameters, time and memory of every task."""
+    quieten()
+    from modalmerge.bench.inference import benchmark
+    from modalmerge.tasks import TASKS
+
+    measured = benchmark(
+        folder=_folder(folder),
+        size=size,
+        tasks=[name for name in tasks.split(",") if name] or list(TASKS),
+        image_size=image_size,
+        batch_sizes=_counts("--batch-sizes", batch_sizes),
+        rounds=rounds,
+        num_batches=batches,
+        say=_say,
+    )
+    measured = _keep(measured, output)
+    print_json(measured) if as_json else _print_inference(measured)
+
+
+def _counts(option: str, text: str) -> list[int]:
+    """Read whole numbers from 1 on, with commas in between."""
+    words = [word for word in text.split(",") if word]
+    if not words or not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"{option}: wanted whole numbers from 1 on, such as 1,8; got {text!r}")
+    return [int(word) for word in words]
+
+
+def _print_inference(measured: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    machine = measured["machine"]
+    console.print(
+        f"{measured['size']}, one thread, medians of {measured['rounds']}; merged / specific; {machine['cpu']}, "
+        f"{machine['cores']} cores, torch {machine['torch']}"
+    )
+    columns = ("image", "parameters, M", "of these active, M", "batch", "processor, s", "ratio", "memory, MB", "ratio")
+    table = Table("", *columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in measured["rows"]:
+        parameters = row["parameters"]
+        counts = ["/".join(f"{own[key] / 1e6:.0f}" for own in parameters.values()) for key in ("total", "active")]
+        head = [row["name"], str(row["image_size"]), *counts]
+        for batch in row["batches"]:
+            medians, ratio = [batch[contender]["median"] for contender in parameters], batch["ratio"]
+            table.add_row(
+                *head,
+                str(batch["batch_size"]),
+                "/".join(f"{own['work_seconds']:.3g}" for own in medians),
+                f"{ratio['work_seconds']:.2f}",
+                "/".join(f"{own['peak_rss_bytes'] / 1e6:.0f}" for own in medians),
+                f"{ratio['peak_rss_bytes']:.2f}",
+            )
+            head = [""] * len(head)
+    console.print(table)
+    before, after = (measured["load_average"][when][0] for when in ("before", "after"))
+    console.print(f"ratio: specific over merged; load average {before:.2f} before, {after:.2f} after")
+
+
+@bench_app.command("loading", epilog="Example: modalmerge bench loading -o loading.json")
+def bench_loading(
+    size: Annotated[str, typer.Option(help="Model size, by name.")] = "small",
+    image_size: Annotated[int, typer.Option(help="Pixels per side.", min=1)] = 224,
+    batch_size: Annotated[int, typer.Option(help="Pairs of image and caption.", min=2)] = 22,
+    steps: Annotated[int, typer.Option(help="Steps of training that are counted in one run.", min=1)] = 2,
+    batches: Annotated[int, typer.Option(help="Batches of the loader that are counted in one run.", min=1)] = 10,
+    images: Annotated[int, typer.Option(help="Different pictures of each kind.", min=1)] = 64,
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turns; medians are shown.", min=1)] = 3,
+    as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for everything measured.")] = None,
+) -> None:
+    """Measure the loader of public data against a pre-training step, both with one thread."""
+    quieten()
+    from modalmerge.bench.loading import Settings, benchmark
+
+    settings = Settings(
+        size=size,
+        image_size=image_size,
+        batch_size=batch_size,
+        num_steps=steps,
+        num_batches=batches,
+        num_images=images,
+    )
+    measured = _keep(benchmark(settings, rounds=rounds, say=_say), output)
+    print_json(measured) if as_json else _print_loading(measured)
+
+
+def _print_loading(measured: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "samples a second", "of the step's", "kB a picture", "resident memory, MB")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, rate in measured["samples_per_second"].items():
+        loader = name in measured["ratio"]
+        ratio = f"{measured['ratio'][name]:.1f}" if loader else ""
+        size = f"{measured['picture_bytes'][name] / 1e3:.0f}" if loader else ""
+        label = f"loader, {name}" if loader else "training step"
+        table.add_row(label, f"{rate:.4g}", ratio, size, f"{measured['peak_rss_bytes'][name] / 1e6:.0f}")
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    settings, machine = measured["settings"], measured["machine"]
+    console.print(
+        f"{settings['size']}, {settings['image_size']} px, batch {settings['batch_size']}, one thread, seconds of "
+        f"processor time, medians of {measured['rounds']}; {machine['cpu']}, torch {machine['torch']}"
+    )
+    console.print(table)
+    before, after = (measured["load_average"][when][0] for when in ("before", "after"))
+    console.print(
+        f"wanted: {measured['wanted']:g} times the step's; load average {before:.2f} before, {after:.2f} after"
+    )

@@ -10,6 +10,13 @@ import typer
 from modalmerge.cli.app import AsJson, Changes, answer, app, command_line, print_json, print_yaml, quieten
 from modalmerge.registry import find
 
+Data = Annotated[str, typer.Option(help="scenes, postcards, or a folder of prepared public sets (or one of them).")]
+Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer of public data: folder, vocab.txt or hub id.")]
+Init = Annotated[Path | None, typer.Option(help="BEiT's weights, which public pre-training starts from.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, its cost and what is missing; run nothing.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the run.")]
+EMBEDDED = ("scenes", "postcards")
+
 data_app = typer.Typer(help="Prepare and look at data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
@@ -25,7 +32,10 @@ def study(
     changes: Changes = None,
     workers: Annotated[int, typer.Option(help="Processes at a time, one thread each.")] = 2,
     budget: Annotated[float | None, typer.Option(help="Start nothing new after so many minutes.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; run nothing.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Folder of prepared public sets, for preset paper.")] = None,
+    init: Init = None,
+    tokenizer: Tokenizer = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, merge, fine-tune and measure every model of a study; the same command goes on where it stopped.
@@ -33,6 +43,11 @@ def study(
     A run can get more random_seeds, methods (names, or all), repairs (names, or all), keep_fractions and expert sets
     (architectures, seed_fractions, rate_factors) with --set.
     """
+    if preset == "paper":
+        _study_paper(output or Path("runs/paper"), changes, budget, data, init, tokenizer, dry_run, as_json)
+        return
+    if data or init or tokenizer:
+        raise ValueError(f"--data, --init and --tokenizer are for preset paper; {preset} is about the embedded world")
     from modalmerge.study.presets import to_dict
 
     resolved = resolve_preset(preset, changes)
@@ -82,6 +97,41 @@ def study(
     print(f"{len(outcome.cells)} cells in {run / 'cells.jsonl'}, page in {report_path}")
 
 
+def _study_paper(
+    run: Path,
+    changes: list[str] | None,
+    budget: float | None,
+    data: Path | None,
+    init: Path | None,
+    tokenizer: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    quieten()
+    from modalmerge.study.paper import load_paper, look_at_paper, paper_values, run_paper
+
+    paper = load_paper(_pairs(changes))
+    if dry_run:
+        shown, _ = look_at_paper(paper, run, data=data, init=init, tokenizer=tokenizer)
+        print_json(shown) if as_json else print_yaml(shown)
+        return
+    cells, finished, planned = run_paper(
+        paper,
+        run,
+        data=data,
+        init=init,
+        tokenizer=tokenizer,
+        command=command_line(),
+        budget_minutes=budget,
+        **stage_progress(run.name),
+    )
+    jobs = {"finished": finished, "of": planned}
+    summary = {f"{cell.id.split('/', 2)[2]}": cell.value for cell in cells}
+    shown = {"preset": paper_values(paper), "cells": len(cells), "summary": summary, "jobs": jobs}
+    left = f"; {planned - finished} of {planned} stages are left" if finished < planned else ""
+    answer(as_json, shown, f"{len(cells)} cells in {run / 'cells.jsonl'}{left}")
+
+
 @app.command(epilog="Example: modalmerge report runs/tiny -o report.html")
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a study.")],
@@ -100,36 +150,83 @@ def report(
 
 @app.command(epilog="Example: modalmerge pretrain tiny -o runs/experts --architecture specific --seed runs/seed/model")
 def pretrain(
-    config: Annotated[str, typer.Argument(help="Name of a preset or a YAML file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.")],
-    architecture: Annotated[str, typer.Option(help="What is per modality; agnostic for a seed.")] = "agnostic",
+    config: Annotated[
+        str, typer.Argument(help="Name of a preset or recipe (`modalmerge list presets`), or a YAML file.")
+    ],
+    output: Output = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="What is per modality: a recipe's own by default, else agnostic, as for a seed.")
+    ] = None,
     seed: Annotated[Path | None, typer.Option(help="Model folder that the weights start from.")] = None,
+    data: Data = "scenes",
+    init: Init = None,
+    tokenizer: Tokenizer = None,
     changes: Changes = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pre-train one model on the embedded world; the same command goes on where it stopped."""
+    """Pre-train one model; the same command goes on where it stopped."""
     from modalmerge.model import ARCHITECTURES
-    from modalmerge.study.single import pretrain_run
 
-    find(ARCHITECTURES, architecture, "architecture")
-    preset = resolve_preset(config, changes)
-    done = pretrain_run(preset, output, architecture=architecture, seed=seed, **stage_progress(output.name))
+    if architecture is not None:
+        find(ARCHITECTURES, architecture, "architecture")
+    recipe = _recipe(config, changes, is_pretraining=True)
+    if recipe is None:
+        from modalmerge.study.single import pretrain_run
+
+        _only_for_recipes(config, data=data != "scenes", init=init, tokenizer=tokenizer, dry_run=dry_run)
+        preset, run = resolve_preset(config, changes), _needed(output)
+        done = pretrain_run(preset, run, architecture=architecture or "agnostic", seed=seed, **stage_progress(run.name))
+        answer(as_json, done, stage_text(done))
+        return
+    from modalmerge.study.public import look, pretrain_recipe
+
+    where: dict[str, Any] = {"data": _folder(data), "tokenizer": tokenizer, "init": init, "architecture": architecture}
+    if dry_run:
+        _show_outlook(look(recipe, start=seed, **where), output, as_json)
+        return
+    run = _needed(output)
+    done = pretrain_recipe(recipe, run, seed=seed, **where, **stage_progress(run.name))
     answer(as_json, done, stage_text(done))
 
 
 @app.command(epilog="Example: modalmerge finetune tiny runs/merged --task vqa -o runs/merged-vqa")
 def finetune(
-    config: Annotated[str, typer.Argument(help="Name of a preset or a YAML file.")],
+    config: Annotated[
+        str, typer.Argument(help="Name of a preset or recipe (`modalmerge list presets`), or a YAML file.")
+    ],
     model: Annotated[Path, typer.Argument(help="Model folder.")],
-    task: Annotated[str, typer.Option(help="Name of a task (`modalmerge list tasks`).")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.")],
+    task: Annotated[
+        str | None, typer.Option(help="Name of a task (`modalmerge list tasks`); a recipe has its own.")
+    ] = None,
+    output: Output = None,
+    data: Data = "scenes",
+    tokenizer: Tokenizer = None,
     changes: Changes = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune one model on a task; the same command goes on where it stopped."""
-    from modalmerge.study.single import finetune_run
+    recipe = _recipe(config, changes, is_pretraining=False)
+    if recipe is None:
+        from modalmerge.study.single import finetune_run
 
-    done = finetune_run(resolve_preset(config, changes), model, task, output, **stage_progress(output.name))
+        _only_for_recipes(config, data=data not in EMBEDDED, tokenizer=tokenizer, dry_run=dry_run)
+        if task is None:
+            raise typer.BadParameter("Missing option '--task'.")
+        preset, run = resolve_preset(config, changes), _needed(output)
+        done = finetune_run(preset, model, task, run, dataset=data, **stage_progress(run.name))
+        answer(as_json, done, stage_text(done))
+        return
+    from modalmerge.study.public import finetune_recipe, look
+
+    if task not in (None, recipe.task):
+        raise ValueError(f"recipe {config} is for task {recipe.task!r}, got {task!r}; leave out --task")
+    if dry_run:
+        _show_outlook(look(recipe, data=_folder(data), tokenizer=tokenizer, start=model), output, as_json)
+        return
+    run = _needed(output)
+    done = finetune_recipe(recipe, model, run, data=_folder(data), tokenizer=tokenizer, **stage_progress(run.name))
     answer(as_json, done, stage_text(done))
 
 
@@ -137,22 +234,79 @@ def finetune(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     task: Annotated[str, typer.Option(help="Name of a task (`modalmerge list tasks`).")],
-    data: Annotated[str, typer.Option(help="Name of the data.")] = "scenes",
-    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    data: Data = "scenes",
+    split: Annotated[
+        str | None, typer.Option(help="Part of the data: validation or test; public sets: the reported one by default.")
+    ] = None,
     config: Annotated[str, typer.Option(help="Preset that says which scenes.")] = "tiny",
+    tokenizer: Tokenizer = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="File to write, as the task's evaluation server takes it; for public sets.")
+    ] = None,
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on a task."""
-    from modalmerge.data import DATASETS
-    from modalmerge.study.single import evaluate_run
+    if data in EMBEDDED or not Path(data).exists():
+        from modalmerge.study.single import evaluate_run
 
-    find(DATASETS, data, "data set")
-    results = evaluate_run(resolve_preset(config, changes), model, task, split)
+        find(dict.fromkeys(EMBEDDED), data, "data set")
+        _only_for_recipes(data, submission=submission, tokenizer=tokenizer)
+        split = split or "test"
+        results = evaluate_run(resolve_preset(config, changes), model, task, split, dataset=data)
+    else:
+        quieten()
+        from modalmerge.study.public import evaluate_public
+
+        data, split, results = evaluate_public(
+            model, task, Path(data), split=split, tokenizer=tokenizer, submission=submission
+        )
     metrics = {result.metric: result.value for result in results}
-    shown = {"task": task, "split": split, "metrics": metrics, "num_samples": results[0].num_samples}
+    num_samples = results[0].num_samples if results else 0
+    shown = {"task": task, "data": data, "split": split, "metrics": metrics, "num_samples": num_samples}
     lines = [f"{r.metric:18} {r.value:7.2f} {r.unit}" for r in results]
+    if submission is not None:
+        shown["submission"] = str(submission)
+        lines.append(f"answers for {data}, split {split}, in {submission}")
     answer(as_json, shown, "\n".join(lines))
+
+
+def _recipe(name: str, changes: list[str] | None, *, is_pretraining: bool) -> Any:
+    """Return the recipe of a name, or None where it is a preset's, a file's or none."""
+    quieten()
+    from modalmerge.study.presets import PRESETS
+    from modalmerge.study.recipes import RECIPES, load_recipe
+
+    if name not in RECIPES:
+        if not name.endswith((".yaml", ".yml", ".json")):
+            find({**PRESETS, **RECIPES}, name, "preset")
+        return None
+    recipe = load_recipe(name, _pairs(changes))
+    if recipe.is_pretraining != is_pretraining:
+        command = "pretrain" if recipe.is_pretraining else "finetune"
+        raise ValueError(f"recipe {name} is for `modalmerge {command} {name}`")
+    return recipe
+
+
+def _only_for_recipes(name: str, **given: Any) -> None:
+    wrong = [f"--{option.replace('_', '-')}" for option, value in given.items() if value]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: for recipes on public data only, and {name} is about the embedded world")
+
+
+def _needed(output: Path | None) -> Path:
+    if output is None:
+        raise typer.BadParameter("Missing option '-o' / '--output'.")
+    return output
+
+
+def _folder(data: str) -> Path | None:
+    return None if data in EMBEDDED else Path(data)
+
+
+def _show_outlook(outlook: Any, output: Path | None, as_json: bool) -> None:
+    shown = {**outlook.as_dict(), "output": str(output) if output else None}
+    print_json(shown) if as_json else print_yaml(shown)
 
 
 # -- data ----------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Data sets: the embedded world of scenes, and the public sets once they have been fetched."""
+"""Data sets: the embedded worlds of scenes, and the public sets, prepared from their official files."""
 
-DATASETS = {
-    "scenes": "embedded world: pictures of 2 to 4 objects, 5 captions and 4 questions each; no download",
-}
+from modalmerge.data.datasets import DATASETS
+
+__all__ = ["DATASETS"]

@@ -1,0 +1,171 @@
+"""Rows of prepared sets, read from memory-mapped Arrow files, and what all tasks make of their images and texts.
+
+Files are opened where a row is first read: what is pickled is where they are, so every worker process has its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from modalmerge.data.contract import Batch
+from modalmerge.data.prepare.kinds import decode
+from modalmerge.data.prepare.rows import Unusable
+from modalmerge.data.text import encode
+from modalmerge.data.transforms import InputSettings, normalise, square, training_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrowFile:
+    """One file of a prepared set, and what it belongs to."""
+
+    dataset: str
+    folder: Path
+    split: str
+    file: str
+
+
+class Rows:
+    """Rows of Arrow files, one behind the other. What is pickled is where they are, not what is in them."""
+
+    def __init__(self, files: Sequence[ArrowFile]) -> None:
+        self.files = tuple(files)
+        self._tables: dict[int, pa.Table] = {}
+        counts = [len(self._table(number)) for number in range(len(files))]
+        self._ends = np.cumsum(counts, dtype=np.int64)  # (file)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
+
+    def _table(self, number: int) -> pa.Table:
+        if number not in self._tables:
+            folder = self.files[number].folder
+            path = folder / self.files[number].file
+            try:
+                with pa.memory_map(str(path)) as file:  # its buffers stay mapped as long as the table is there
+                    self._tables[number] = pa.ipc.open_stream(file).read_all()
+            except (OSError, pa.ArrowInvalid) as error:
+                raise ValueError(f"{path} cannot be read ({error}); run `modalmerge data check {folder}`") from error
+        return self._tables[number]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return number, row - self._start(number)
+
+    def _start(self, number: int) -> int:
+        return int(self._ends[number - 1]) if number else 0
+
+    def read(self, row: int) -> dict[str, Any]:
+        """Read one row, by column."""
+        number, place = self._place(row)
+        return self._table(number).slice(place, 1).to_pylist()[0]
+
+    def lengths(self, column: str) -> Int[np.ndarray, " row"]:
+        """Count the items of a column of lists, row by row, without reading them."""
+        counts = [pc.list_value_length(self._table(number)[column]) for number in range(len(self.files))]
+        return np.concatenate([count.to_numpy() for count in counts]).astype(np.int64)
+
+    def where(self, row: int) -> tuple[str, Path]:
+        """Say where a row is, for messages; second: the folder of its set."""
+        file = self.files[self._place(row)[0]]
+        first = next(
+            n for n, other in enumerate(self.files) if (other.folder, other.split) == (file.folder, file.split)
+        )
+        return f"{file.dataset}, split {file.split}, row {row - self._start(first)}", file.folder
+
+
+class Texts:
+    """The texts of all rows, numbered one behind the other."""
+
+    def __init__(self, counts: Int[np.ndarray, " row"]) -> None:
+        self.counts, self._ends = counts, np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def place(self, text: int) -> tuple[int, int]:
+        """Find (row, place among its texts) of a text."""
+        row = int(np.searchsorted(self._ends, text, side="right"))
+        return row, text - int(self._ends[row] - self.counts[row])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where samples come from, and what all tasks do with them.
+
+    Args:
+        rows: of the splits.
+        task: what they are read for.
+        tokenizer: makes ids of texts.
+        max_text_length: most tokens of a text, [CLS] and [SEP] included.
+        image_size: pixels per side.
+        settings: how pictures are changed.
+    """
+
+    rows: Rows
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    max_text_length: int
+    image_size: int
+    settings: InputSettings
+
+    def decode(self, number: int, row: Mapping[str, Any], column: str = "image") -> Image.Image:
+        """Decode one image of a row.
+
+        Raises:
+            ValueError: it is broken; nothing takes its place.
+        """
+        try:
+            return decode(row[column])
+        except Unusable as error:
+            raise self.unusable(number, row, f"{column}: {error}") from None
+
+    def unusable(self, number: int, row: Mapping[str, Any], what: str) -> ValueError:
+        """Build the error that says which row cannot be used, why, and what to do."""
+        place, folder = self.rows.where(number)
+        name = f"image_id {row['image_id']!r}" if "image_id" in row else f"pair of {row['identifiers'][0]!r}"
+        return ValueError(f"{place}, {name}: {what}; run `modalmerge data check {folder}` and prepare the set again")
+
+    def training(
+        self,
+        number: int,
+        row: Mapping[str, Any],
+        generator: torch.Generator,
+        *,
+        texts: Sequence[str] = (),
+        column: str = "image",
+    ) -> Image.Image:
+        """Decode an image and make it a square as training wants it."""
+        image = self.decode(number, row, column).convert("RGB")
+        return training_image(image, self.image_size, generator, self.settings, texts=texts)
+
+    def plain(self, number: int, row: Mapping[str, Any], column: str = "image") -> Image.Image:
+        """Decode an image and make it a square as evaluation wants it."""
+        return square(self.decode(number, row, column).convert("RGB"), self.image_size)
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> Float[Tensor, " B 3 H W"]:
+        """Turn images of one size into numbers around 0."""
+        return normalise(np.stack([np.asarray(image) for image in images]), *self.settings.statistics(self.task))
+
+    def encode(self, texts: Sequence[str]) -> Batch:
+        """Turn texts into ids."""
+        ids, mask = encode(self.tokenizer, texts, max_length=self.max_text_length)
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def with_generators(samples: Int[Tensor, " B"], generator: torch.Generator) -> list[tuple[int, torch.Generator]]:
+    """Give each sample a generator of its own, seeded from one: what is drawn for one does not depend on others."""
+    seeds = torch.randint(2**63 - 1, (len(samples),), generator=generator).tolist()
+    return [(sample, torch.Generator().manual_seed(seed)) for sample, seed in zip(samples.tolist(), seeds, strict=True)]
