@@ -5,7 +5,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from modalmerge.data.contract import Batch, TaskData
-from modalmerge.data.text import CLS, SEP
 from modalmerge.model import ModalMergeModel
 from modalmerge.records import Result
 from modalmerge.registry import find
@@ -45,7 +44,7 @@ def evaluate(model: ModalMergeModel, task: str, data: TaskData) -> list[Result]:
 
 
 def hide(data: TaskData, modality: str) -> TaskData:
-    """Take one modality away: grey images, or texts that are [CLS] [SEP] only. For controls.
+    """Take one modality away: grey images, or texts of which the first and the last token are left. For controls.
 
     Args:
         modality: `vision` hides images, `text` hides captions, questions and statements.
@@ -82,5 +81,6 @@ class _Hidden:
             return {**batch, "pixel_values": torch.full_like(batch["pixel_values"], GREY)}
         if "input_ids" not in batch:
             return batch
-        ids = torch.tensor([CLS, SEP]).expand(len(batch["input_ids"]), 2)
-        return {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids, last = batch["input_ids"], batch["attention_mask"].sum(1, keepdim=True) - 1
+        ends = torch.cat([ids[:, :1], ids.gather(1, last)], 1)
+        return {**batch, "input_ids": ends, "attention_mask": torch.ones_like(ends)}

@@ -20,7 +20,7 @@ ALLOWED = {
     "merge": {"checkpoint", "layouts", "distance", "records", "registry"},
     "model": {"checkpoint", "layouts", "registry"},
     "data": {"registry"},
-    "tasks": {"model", "data", "registry", "records"},
+    "tasks": {"model", "data", "checkpoint", "registry", "records"},
     "train": {"tasks", "model", "data", "merge", "checkpoint", "records", "registry"},
     "evaluate": {"tasks", "model", "data", "checkpoint", "records", "registry"},
     "probes": {"tasks", "model", "data", "merge", "checkpoint", "records"},
@@ -28,7 +28,9 @@ ALLOWED = {
     "report": {"outcomes", "records"},
 }
 ALLOWED["study"] = {part for part in ALLOWED if part != "report"}
-ALLOWED["bench"] = {"checkpoint", "distance", "merge", "layouts", "model", "records", "registry"}
+ALLOWED["bench"] = {
+    "checkpoint", "data", "distance", "merge", "layouts", "model", "records", "registry", "tasks", "train",
+}  # fmt: skip
 # files that may do more than their part
 EXTRA = {"modalmerge.merge.procedures": {"model", "data", "tasks"}}  # with its modules
 

@@ -264,7 +264,7 @@ def test_new_heads_have_a_rate_of_their_own(task):
     model = training_stages.with_task_head(micro.model(), task, random_seed=0, classes=micro.data(task, 4).classes)
     found = rates(model, head_rate_factor=10.0)
     for name, rate in found.items():
-        assert rate == (10.0 if name.split(".")[1] in CLASSIFIERS else 1.0), name
+        assert rate == (10.0 if name.startswith(tuple(f"heads.{head}." for head in CLASSIFIERS)) else 1.0), name
     assert 10.0 in found.values()
 
 

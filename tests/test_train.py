@@ -18,7 +18,7 @@ from torch import nn
 from modalmerge.data.batches import step_generator, step_samples
 from modalmerge.model import ARCHITECTURES, load
 from modalmerge.train import loop, stages
-from modalmerge.train.loop import TrainSettings, parameter_groups, plain_report, rate_factor, train
+from modalmerge.train.loop import CLASSIFIERS, TrainSettings, parameter_groups, plain_report, rate_factor, train
 from modalmerge.train.objectives import draw_negatives, hidden_positions, matching_loss
 
 torch.set_num_threads(1)
@@ -134,13 +134,13 @@ def test_groups_hold_every_parameter_once(architecture):
     assert sorted(held) == sorted(names)
     decaying = {names[id(p)] for group in groups for p in group["params"] if group["weight_decay"]}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d) for p in m.parameters()}
     for parameter in model.parameters():
         name = names[id(parameter)]
         free = id(parameter) in norms or name == "position_bias_table" or name.endswith(("bias",))
         assert (name in decaying) is not free, name
     fast = {names[id(p)] for group in groups for p in group["params"] if group["lr"] == pytest.approx(0.07)}
-    assert fast == {name for name in names.values() if name.startswith("heads.vqa.")}
+    assert fast == {name for name in names.values() if name.startswith(tuple(f"heads.{head}." for head in CLASSIFIERS))}
 
 
 def test_norms_of_modalities_do_not_decay():
@@ -460,7 +460,7 @@ def test_a_task_head_is_drawn_and_the_rest_kept():
     model = micro.model("specific", random_seed=1)
     kept = model.state_dict()
     state = torch.get_rng_state()
-    tuned = stages.with_task_head(model, "vqa", random_seed=4, answers=tuple(micro.COLOURS))
+    tuned = stages.with_task_head(model, "vqa", random_seed=4, classes=tuple(micro.COLOURS))
     assert torch.equal(torch.get_rng_state(), state)
     assert set(tuned.heads) == {"pooler", "vqa"} and tuned.config.answers == list(micro.COLOURS)
     tensors = tuned.state_dict()
@@ -468,9 +468,9 @@ def test_a_task_head_is_drawn_and_the_rest_kept():
     drawn = {name for name in tensors if name not in kept}
     assert drawn == {name for name in tensors if name.startswith("heads.vqa.")} != set()
     other = micro.model("specific", random_seed=2)
-    again = stages.with_task_head(other, "vqa", random_seed=4, answers=tuple(micro.COLOURS)).state_dict()
+    again = stages.with_task_head(other, "vqa", random_seed=4, classes=tuple(micro.COLOURS)).state_dict()
     assert all(torch.equal(tensors[name], again[name]) for name in drawn)
-    differing = stages.with_task_head(model, "vqa", random_seed=5, answers=tuple(micro.COLOURS)).state_dict()
+    differing = stages.with_task_head(model, "vqa", random_seed=5, classes=tuple(micro.COLOURS)).state_dict()
     assert any(not torch.equal(tensors[name], differing[name]) for name in drawn)
     retrieval = stages.with_task_head(tuned, "retrieval", random_seed=0)
     assert set(retrieval.heads) == {"contrastive"} and retrieval.config.num_answers == 0
@@ -479,7 +479,7 @@ def test_a_task_head_is_drawn_and_the_rest_kept():
 
 
 def test_a_saved_model_comes_back(tmp_path):
-    model = stages.with_task_head(micro.model("ffn"), "vqa", random_seed=0, answers=tuple(micro.COLOURS))
+    model = stages.with_task_head(micro.model("ffn"), "vqa", random_seed=0, classes=tuple(micro.COLOURS))
     stages.save(model, micro.TOKENIZER, tmp_path / "model")
     loaded, tokenizer = load(tmp_path / "model")
     assert same(model.state_dict(), loaded.state_dict()) and loaded.config.answers == list(micro.COLOURS)

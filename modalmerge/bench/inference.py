@@ -242,8 +242,8 @@ def _measure(name: str, work: Path, batch_size: int, *, rounds: int, num_batches
             usage = measure(words, environment=environment)
             own.append(usage)
             say(
-                f"{name}, batch {batch_size}, round {turn} of {rounds}: {contender} {usage.work_seconds:.3g} s, "
-                f"{usage.peak_rss_bytes / 1e6:.0f} MB of memory"
+                f"{name}, batch {batch_size}, round {turn} of {rounds}: {contender} {usage.work_seconds:.3g} s of "
+                f"processor time, {usage.peak_rss_bytes / 1e6:.0f} MB of memory"
             )
     summaries = {contender: summarise_runs(own) for contender, own in runs.items()}
     merged, specific = (summaries[contender]["median"] for contender in CONTENDERS)

@@ -51,7 +51,7 @@ def rank(name: str) -> dict[str, float]:
 def benchmark(*, num_threads: int = 1) -> dict[str, Usage]:
     """Rank every gallery once, each in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-    return {name: measure([sys.executable, "-m", __name__, name], environment=environment) for name in GALLERIES}
+    return {name: measure([sys.executable, "-m", __spec__.name, name], environment=environment) for name in GALLERIES}
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ import gc
 import os
 import sys
 
-from modalmerge.cli import benchmarks, checkpoints, distances, probes, procedures, statistics, tables, training
+from modalmerge.cli import benchmarks, checkpoints, data, distances, probes, procedures, statistics, tables, training
 from modalmerge.cli.app import app
 
 __all__ = [
     "app",
     "benchmarks",
     "checkpoints",
+    "data",
     "distances",
     "main",
     "probes",
@@ -25,7 +26,7 @@ INTERRUPTED = 130
 
 # How an interrupted command is gone on with, for those that can.
 _GOES_ON = {
-    **dict.fromkeys(("study", "pretrain", "finetune", "heal"), "; the same command goes on from here"),
+    **dict.fromkeys(("study", "pretrain", "finetune", "heal", "data"), "; the same command goes on from here"),
     "merge": "; the same command with --resume goes on from here",
 }
 

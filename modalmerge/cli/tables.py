@@ -69,7 +69,11 @@ def _tasks() -> list[dict[str, str]]:
 def _datasets() -> list[dict[str, str]]:
     from modalmerge.data import DATASETS
 
-    return _rows(DATASETS, lambda summary: (summary, "", ""))
+    rows = _rows(DATASETS, lambda entry: (entry.summary, entry.needs, entry.source))
+    for row in rows:
+        entry = DATASETS[row["name"]]
+        row |= {"kind": entry.kind, "tasks": ", ".join(entry.tasks), "licence": entry.licence}
+    return rows
 
 
 def _metrics() -> list[dict[str, str]]:
@@ -78,7 +82,7 @@ def _metrics() -> list[dict[str, str]]:
 
     distances = {**DISTANCES, "subspace_alignment": subspace_alignment}
     return [
-        *_rows(METRICS, lambda summary: (summary, "", "")),
+        *_rows(METRICS, lambda metric: (f"{metric.summary} ({metric.unit}, {metric.direction} is better)", "", "")),
         *_rows(distances, lambda distance: (distance.__doc__.splitlines()[0], "experts", _source(distance))),
     ]
 

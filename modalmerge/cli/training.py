@@ -1,4 +1,4 @@
-"""Commands that train and measure: the study, its stages one by one, and data."""
+"""Commands that train and measure: the study, and its stages one by one."""
 
 import dataclasses
 import sys
@@ -17,8 +17,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, its cos
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the run.")]
 EMBEDDED = ("scenes", "postcards")
 
-data_app = typer.Typer(help="Prepare and look at data.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(data_app, name="data")
 
 # -- the study ----------------------------------------------------------------------------------------------
 
@@ -307,30 +305,6 @@ def _folder(data: str) -> Path | None:
 def _show_outlook(outlook: Any, output: Path | None, as_json: bool) -> None:
     shown = {**outlook.as_dict(), "output": str(output) if output else None}
     print_json(shown) if as_json else print_yaml(shown)
-
-
-# -- data ----------------------------------------------------------------------------------------
-
-
-@data_app.command("show", epilog="Example: modalmerge data show scenes -o scenes.html")
-def data_show(
-    name: Annotated[str, typer.Argument(help="Name of the data.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="HTML or PNG file to write.")],
-    split: Annotated[str, typer.Option(help="Part of the data.")] = "test",
-    random_seed: Annotated[int, typer.Option(help="Random seed of the world.")] = 0,
-    num: Annotated[int, typer.Option(help="Samples to show.", min=1)] = 24,
-    as_json: AsJson = False,
-) -> None:
-    """Write a sheet of samples to look at."""
-    from modalmerge.data import DATASETS, scenes
-
-    find(DATASETS, name, "data set")
-    scenes.write_sheet(output, split=split, random_seed=random_seed, num=num)
-    answer(
-        as_json,
-        {"name": name, "split": split, "samples": num, "output": str(output)},
-        f"{num} samples in {output}",
-    )
 
 
 def resolve_preset(name: str, changes: list[str] | None) -> Any:

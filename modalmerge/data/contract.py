@@ -29,15 +29,15 @@ Batch = dict[str, Any]
 
 @runtime_checkable
 class TaskData(Protocol):
-    """One split of one data set, as one task reads it.
+    """One split of one data set, as one task reads it."""
 
-    Attributes:
-        dataset: name of the data set, as cells say it.
-        classes: the name of each answer or class, by number; () where the task has none.
-    """
+    @property
+    def dataset(self) -> str:
+        """Name of the data set, as cells say it."""
 
-    dataset: str
-    classes: tuple[str, ...]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each answer or class, by number; () where the task has none."""
 
     def __len__(self) -> int:
         """Count the samples: images, or pairs of them."""
@@ -52,21 +52,6 @@ class TaskData(Protocol):
         """Count the texts of each sample: captions, questions or statements; 0 where the task has none."""
 
 
-def evaluation_batches(data: TaskData, batch_size: int, *, num_workers: int = 0) -> Iterator[Batch]:
-    """Go once through a split, in order.
-
-    Args:
-        data: the split.
-        batch_size: most samples in a batch.
-        num_workers: processes that make batches ahead; 0: none, which is right for arrays in memory.
-    """
-    parts = torch.arange(len(data)).split(batch_size)
-    if not num_workers:
-        yield from map(data.batch, parts)
-        return
-    yield from torch.utils.data.DataLoader(
-        parts,  # type: ignore[arg-type]  # a tuple of tensors is indexed like any data set
-        batch_size=None,
-        collate_fn=data.batch,
-        num_workers=num_workers,
-    )
+def evaluation_batches(data: TaskData, batch_size: int) -> Iterator[Batch]:
+    """Go once through a split, in order, at most `batch_size` samples at a time."""
+    return map(data.batch, torch.arange(len(data)).split(batch_size))

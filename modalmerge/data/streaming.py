@@ -21,7 +21,7 @@ from modalmerge.data.augment import below
 from modalmerge.data.contract import Batch
 from modalmerge.data.prepare.kinds import decode
 from modalmerge.data.prepare.rows import Problem, Row, Unusable
-from modalmerge.data.prepare.webdataset import _shard_rows
+from modalmerge.data.prepare.webdataset import shard_rows
 from modalmerge.data.text import encode
 from modalmerge.data.transforms import InputSettings, normalise, training_image
 
@@ -149,7 +149,7 @@ class CaptionStream:
 
     def _listed(self, shards: Sequence[Path], state: Mapping[str, int]) -> tuple[list[tuple[Path, Row]], list[Problem]]:
         """List the samples of some shards in the order in which they are given, and what is wrong with others."""
-        found = [(shard, row) for shard in shards for row in _shard_rows(shard.parent, shard.name, shard)]
+        found = [(shard, row) for shard in shards for row in shard_rows(shard.parent, shard.name, shard)]
         rows = [(shard, row) for shard, row in found if isinstance(row, Row)]
         problems = [row for _, row in found if isinstance(row, Problem)]
         generator = self._generator(state["epoch"], *(shard.name for shard in shards))

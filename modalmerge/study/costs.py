@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from modalmerge.model import ModalMergeConfig, expected_shapes
+from modalmerge.model.heads import AUXILIARY_CHANNELS
 from modalmerge.train.loop import TrainSettings
 
 FORMULA = """\
@@ -166,8 +167,9 @@ def activation_bytes(config: ModalMergeConfig, task: str, *, mixed: bool) -> int
             kept += size * (3 * width * way.tokens + (5 * width + 2 * inner) * read)
             kept += size * heads * read * way.tokens * way.padded
     if task == "segmentation":
-        # at a quarter of the resolution: the finest level, four levels side by side, and each convolution's two results
-        kept += size * (config.image_size // 4) ** 2 * 12 * config.segmentation_channels
+        # at a quarter of the resolution what UPerNet's convolutions take and give; whole, the logits of both its heads
+        kept += size * 16 * (config.num_image_tokens - 1) * (2 * width + 12 * config.segmentation_channels)
+        kept += 2 * 4 * config.num_classes * config.image_size**2
     if task == "pretraining":
         kept += 4 * _hidden_words(config) * config.vocab_size
     return kept
@@ -194,9 +196,10 @@ def _head_operations(config: ModalMergeConfig, task: str) -> float:
         channels, cells = config.segmentation_channels, config.num_image_tokens - 1
         fine = 16 * cells  # places at a quarter of the image's resolution
         levels = 9 * channels**2 * (fine + fine / 4 + cells)  # a 3 x 3 convolution on each of the three finer ones
-        merged = 9 * 4 * channels**2 * fine  # and one on all four side by side
+        coarse = 9 * (width + 4 * channels) * channels * cells / 4  # on the coarsest one with what was pooled of it
+        merged = 9 * 4 * channels**2 * fine  # and on all four side by side
         up = 4 * width**2 * (cells + 4 * cells) + 4 * width**2 * cells  # to 4 and 2 times the resolution
         lateral = width * channels * (fine + fine / 4 + cells)
-        auxiliary = 9 * 256 * width * cells
-        return 2 * (levels + merged + up + lateral + auxiliary + channels * config.num_classes * fine)
+        auxiliary = 9 * min(AUXILIARY_CHANNELS, channels) * width * cells
+        return 2 * (levels + coarse + merged + up + lateral + auxiliary + channels * config.num_classes * fine)
     return 0.0

@@ -407,8 +407,8 @@ def _leave_trained(
 
 def _stage_seed(job: Job, stage: str) -> int:
     """Give every stage of a repetition batches of its own, by name, so that no stage repeats another's."""
-    stages = ("seed", "agnostic", "experts", "specific", "retrieval", "vqa", "healing", "continued")
-    stages += tuple(target for target in TARGETS if target not in stages)
+    stages = ["seed", "agnostic", "experts", "specific", "retrieval", "vqa", "healing", "continued"]
+    stages += [target for target in TARGETS if target not in stages]
     if stage == UNSEEDED:  # the same batches: only the start differs
         stage = "specific"
     elif stage not in stages:  # seeds and experts of further expert sets see those of the recipe's

@@ -22,7 +22,9 @@ from modalmerge.study.targets import BASIC_TARGETS, TARGETS
 from modalmerge.train.loop import TrainSettings
 
 # fields of the model's configuration that `Preset.model` may set, by their defaults; the others follow from the rest
-_FOLLOWING = ("image_size", "max_text_length", "vocab_size", "experts", "heads", "num_answers", "answers")
+_FOLLOWING = (
+    "image_size", "max_text_length", "vocab_size", "experts", "heads", "num_answers", "answers", "num_classes", "classes",
+)  # fmt: skip
 _MODEL_FIELDS = {
     name: parameter.default
     for name, parameter in inspect.signature(ModalMergeConfig.__init__).parameters.items()

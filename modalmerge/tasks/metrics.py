@@ -41,7 +41,7 @@ METRICS: dict[str, Metric] = {
     "mean_class_accuracy": Metric(summary="share of a class's pixels that are found, mean over the classes that occur"),
     "pixel_accuracy": Metric(summary="share of all pixels with a class that are given the right one"),
     "masked_accuracy": Metric(summary="share of hidden tokens that are the most likely ones, given text and image"),
-    "text_masked_accuracy": Metric(summary="share of hidden tokens that are the most likely ones, given the text alone"),
+    "text_masked_accuracy": Metric(summary="share of hidden tokens that are the most likely ones, given text alone"),
     "recall_mean": Metric(summary="mean of the six recalls at 1, 5 and 10, image to text and text to image"),
     **{
         f"text_recall_{k}": Metric(summary=f"share of images with an own caption among the first {k}")

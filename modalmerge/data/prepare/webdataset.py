@@ -30,10 +30,10 @@ def _shards(root: Path, split: str) -> list[Path]:
 
 def _rows(root: Path, split: str) -> Iterator[Row | Problem]:
     for shard in _shards(root, split):
-        yield from _shard_rows(root, split, shard)
+        yield from shard_rows(root, split, shard)
 
 
-def _shard_rows(root: Path, split: str, shard: Path) -> Iterator[Row | Problem]:
+def shard_rows(root: Path, split: str, shard: Path) -> Iterator[Row | Problem]:
     name = shard.relative_to(root).as_posix()
     try:
         tar = tarfile.open(shard, "r:")  # noqa: SIM115  # closed by `with` below; a file that is no tar is told here
