@@ -1,10 +1,9 @@
 """Run tasks on a model and data."""
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from modalmerge.data.contract import Batch, TaskData
+from modalmerge.data.views import Changed, on_device
 from modalmerge.model import ModalMergeModel
 from modalmerge.records import Result
 from modalmerge.registry import find
@@ -17,7 +16,7 @@ def evaluate(model: ModalMergeModel, task: str, data: TaskData) -> list[Result]:
     """Measure a model on a task.
 
     Args:
-        model: on any device its data are on; its training mode is as before afterwards.
+        model: on any device, where the batches are moved to; its training mode is as before afterwards.
         task: name in `TASKS`.
         data: one split.
 
@@ -38,7 +37,7 @@ def evaluate(model: ModalMergeModel, task: str, data: TaskData) -> list[Result]:
     model.eval()
     try:
         with torch.inference_mode():
-            return chosen.evaluate(model, data)
+            return chosen.evaluate(model, on_device(data, model.device))
     finally:
         model.train(was_training)
 
@@ -54,33 +53,16 @@ def hide(data: TaskData, modality: str) -> TaskData:
     """
     if modality not in ("vision", "text"):
         raise ValueError(f"hide: modality must be 'vision' or 'text', got {modality!r}")
-    return _Hidden(data, modality)
+    return Changed(data, _grey if modality == "vision" else _ends_alone)
 
 
-class _Hidden:
-    """A split with one modality hidden."""
+def _grey(batch: Batch) -> Batch:
+    return {**batch, "pixel_values": torch.full_like(batch["pixel_values"], GREY)}
 
-    def __init__(self, data: TaskData, modality: str) -> None:
-        self.data, self.modality = data, modality
-        self.dataset, self.classes = data.dataset, data.classes
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-        return self._hide(self.data.train_batch(samples, generator))
-
-    def batch(self, samples: Int[Tensor, " B"]) -> Batch:
-        return self._hide(self.data.batch(samples))
-
-    def num_texts(self) -> Int[Tensor, " sample"]:
-        return self.data.num_texts()
-
-    def _hide(self, batch: Batch) -> Batch:
-        if self.modality == "vision":
-            return {**batch, "pixel_values": torch.full_like(batch["pixel_values"], GREY)}
-        if "input_ids" not in batch:
-            return batch
-        ids, last = batch["input_ids"], batch["attention_mask"].sum(1, keepdim=True) - 1
-        ends = torch.cat([ids[:, :1], ids.gather(1, last)], 1)
-        return {**batch, "input_ids": ends, "attention_mask": torch.ones_like(ends)}
+def _ends_alone(batch: Batch) -> Batch:
+    if "input_ids" not in batch:
+        return batch
+    ids, last = batch["input_ids"], batch["attention_mask"].sum(1, keepdim=True) - 1
+    ends = torch.cat([ids[:, :1], ids.gather(1, last)], 1)
+    return {**batch, "input_ids": ends, "attention_mask": torch.ones_like(ends)}

@@ -136,7 +136,7 @@ def test_scenes_are_shown(call, tmp_path):
         ("pretrain tiny", 2, "Missing option"),
         ("pretrain tiny -o run --architecture specifik", 1, "unknown architecture 'specifik'; nearest: 'specific'"),
         ("pretrain tiny -o run --seed nothing", 1, "nothing is no model folder: it has no config.json"),
-        ("finetune tiny nothing --task vqaa -o run", 1, "unknown task 'vqaa'; nearest: 'vqa'; known: retrieval, vqa"),
+        ("finetune tiny nothing --task vqaa -o run", 1, "unknown task 'vqaa'; nearest: 'vqa'; known: classification"),
         ("finetune tiny nothing --task vqa -o run", 1, "nothing is no model folder"),
         ("evaluate nothing --task retreival", 1, "unknown task 'retreival'; nearest: 'retrieval'"),
         ("evaluate nothing --task vqa --data scene", 1, "unknown data set 'scene'; nearest: 'scenes'"),

@@ -248,3 +248,14 @@ def test_there_are_no_settings_for_methods_that_are_not_there():
     assert set(CANDIDATES) == set(METHODS) - set(BASIC_METHODS)
     with pytest.raises(ValueError, match="unknown merge method of the study 'tise'; nearest: 'ties'"):
         candidates("tise", load_preset("tiny"))
+
+
+def test_settings_written_down_before_some_existed_are_no_difference():
+    preset = load_preset("tiny")
+    there = to_dict(preset)
+    del there["tasks"], there["finetuning"]["nlvr2"]
+    for settings in (there["pretraining"], there["healing"], *there["finetuning"].values()):
+        del settings["warmup_steps"], settings["layer_decay"]
+    assert what_differs(there, preset) == []
+    there["pretraining"]["num_steps"] = 7
+    assert what_differs(there, preset) == ["pretraining.num_steps: there 7, now 900"]

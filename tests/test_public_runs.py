@@ -12,11 +12,12 @@ from transformers import BeitConfig, BeitModel
 from modalmerge.cli import main
 from modalmerge.data.prepare import check, prepare
 from modalmerge.data.text import SPECIALS
+from modalmerge.data.views import on_device
 from modalmerge.model import load
 from modalmerge.records import Cell, read_lines
 from modalmerge.study import public
 from modalmerge.study.paper import load_paper, paper, run_paper, stages
-from modalmerge.study.public import OnDevice, evaluate_public, find_set, finetune_recipe, look, pretrain_recipe
+from modalmerge.study.public import evaluate_public, find_set, finetune_recipe, look, pretrain_recipe
 from modalmerge.study.recipes import RECIPES, SPLITS, load_recipe
 from modalmerge.tasks import TASKS
 
@@ -233,7 +234,7 @@ def test_longer_texts_than_the_model_takes_are_told(pretrained, data, tmp_path):
 def test_batches_lie_where_the_model_is(data, tokenizer):
     words = public.load_tokenizer(tokenizer)
     settings = dict(tokenizer=words, max_text_length=12, image_size=32, settings=recipe("vqav2-480").inputs)
-    loaded = OnDevice(public.load_public("vqa", data / "vqav2", ["train"], **settings), torch.device("meta"))
+    loaded = on_device(public.load_public("vqa", data / "vqav2", ["train"], **settings), torch.device("meta"))
     for batch in (
         loaded.batch(torch.tensor([0])),
         loaded.train_batch(torch.tensor([0, 1]), torch.Generator().manual_seed(0)),

@@ -247,7 +247,9 @@ class TestFineTuning:
         targets = torch.zeros_like(output.logits)
         for row, (labels, scores) in enumerate(zip(seeded.VQA_LABELS, seeded.VQA_SCORES, strict=True)):
             targets[row, labels] = torch.tensor(scores)
-        logits = vqa.answer_logits(model, batch.input_ids, batch.attention_mask, batch.pixel_values)
+        names = ("input_ids", "attention_mask", "pixel_values")
+        owner = torch.arange(len(batch.input_ids))
+        logits = vqa.answer_logits(model, {**{name: getattr(batch, name) for name in names}, "owner": owner})
         check(f"{architecture}/vqa/vqa_logits", logits, stored)
         loss = vqa.soft_target_loss(logits, targets)
         assert float(loss) == pytest.approx(OUTPUTS[f"{architecture}/vqa/vqa_loss"], rel=1e-6)

@@ -88,9 +88,18 @@ def _metrics() -> list[dict[str, str]]:
 
 
 def _presets() -> list[dict[str, str]]:
+    from modalmerge.study.paper import NAME, paper
     from modalmerge.study.presets import PRESETS
+    from modalmerge.study.recipes import RECIPES, STARTS
 
-    return _rows(PRESETS, lambda preset: ((preset.__doc__ or "").splitlines()[0], "", ""))
+    def needed(name: str) -> str:
+        if name not in RECIPES:
+            return "data and weights, see --dry-run" if name == NAME else ""
+        recipe = RECIPES[name]()
+        return ", ".join([*recipe.data, STARTS[recipe.start]])
+
+    rows = _rows({**PRESETS, NAME: paper, **RECIPES}, lambda made: ((made.__doc__ or "").splitlines()[0], "", ""))
+    return [{**row, "needs": needed(row["name"])} for row in rows]
 
 
 TABLES = {

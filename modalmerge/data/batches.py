@@ -1,5 +1,6 @@
 """Which samples a training step sees, and batches drawn from a split."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -20,10 +21,14 @@ def step_samples(num_samples: int, batch_size: int, step: int, random_seed: int)
     picked: list[int] = []
     while len(picked) < batch_size:
         epoch, offset = divmod(first + len(picked), num_samples)
-        generator = torch.Generator().manual_seed((random_seed * 7_919 + epoch) % 2**63)
-        order = torch.randperm(num_samples, generator=generator)
+        order = _order(num_samples, (random_seed * 7_919 + epoch) % 2**63)
         picked += order[offset : offset + batch_size - len(picked)].tolist()
     return torch.tensor(picked)
+
+
+@functools.lru_cache(maxsize=2)  # this epoch's and the next one's: of 10 million samples one takes half a second
+def _order(num_samples: int, seed: int) -> Int[Tensor, " sample"]:
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
 
 
 def drawn_batches(data: TaskData, *, num_samples: int, batch_size: int, random_seed: int) -> Iterator[Batch]:

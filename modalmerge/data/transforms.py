@@ -200,7 +200,7 @@ def shift_classes(mask: np.ndarray, num_classes: int) -> np.ndarray:
     """
     if mask.max(initial=0) > num_classes:
         raise ValueError(f"its mask has the class {mask.max()}, allowed are 0 to {num_classes}")
-    return np.where(mask == 0, IGNORED_PIXEL, mask - 1).astype(np.uint8)  # 0 first: 0 - 1 must not become a class
+    return np.where(mask == 0, np.uint8(IGNORED_PIXEL), mask - np.uint8(1))  # 0 first: 0 - 1 must not become a class
 
 
 def fitted_size(width: int, height: int, longest: int, shortest: int) -> tuple[int, int]:

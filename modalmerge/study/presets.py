@@ -23,7 +23,8 @@ from modalmerge.train.loop import TrainSettings
 
 # fields of the model's configuration that `Preset.model` may set, by their defaults; the others follow from the rest
 _FOLLOWING = (
-    "image_size", "max_text_length", "vocab_size", "experts", "heads", "num_answers", "answers", "num_classes", "classes",
+    "image_size", "max_text_length", "vocab_size", "experts", "heads", "num_answers", "answers", "num_classes",
+    "classes",
 )  # fmt: skip
 _MODEL_FIELDS = {
     name: parameter.default
@@ -381,6 +382,7 @@ def what_differs(there: Mapping[str, Any], now: Preset, *, growing: tuple[str, .
     there = {**later, **there}
     if isinstance(there.get("finetuning"), Mapping):  # settings of tasks that it did not know are no difference
         there["finetuning"] = {**values["finetuning"], **there["finetuning"]}
+    there = _with_later_settings(there, now)
     grown = {name: values[name] for name in growing if set(there.get(name, ())) <= set(values[name])}
     differing = list(_differences({**there, **grown}, values))
     if differing:
@@ -389,6 +391,22 @@ def what_differs(there: Mapping[str, Any], now: Preset, *, growing: tuple[str, .
     sets = {expert_set.name for expert_set in now.expert_sets}
     lost = [expert_set.name for expert_set in from_dict(there).expert_sets if expert_set.name not in sets]
     return [f"expert sets: there {', '.join(lost)} too"] if lost else []
+
+
+def _with_later_settings(there: Any, now: Any) -> Any:
+    """Give settings of training that were written down before some existed the defaults of those."""
+    if not isinstance(there, Mapping):
+        return there
+    if isinstance(now, Mapping):
+        return {key: _with_later_settings(value, now.get(key)) for key, value in there.items()}
+    if not dataclasses.is_dataclass(now):
+        return there
+    fields = {f.name: f for f in dataclasses.fields(now)}
+    filled = {key: _with_later_settings(value, getattr(now, key, None)) for key, value in there.items()}
+    if isinstance(now, TrainSettings):
+        later = {name: f.default for name, f in fields.items() if f.default is not dataclasses.MISSING}
+        filled = {**json.loads(json.dumps(later)), **filled}
+    return filled
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

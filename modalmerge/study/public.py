@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from modalmerge.data import DATASETS
-from modalmerge.data.contract import Batch, TaskData
+from modalmerge.data.contract import TaskData
 from modalmerge.data.loading import TASK_KINDS, load_public, load_public_mixture, load_tokenizer
 from modalmerge.data.prepare.manifest import MANIFEST, Prepared, read_manifest
 from modalmerge.data.transforms import InputSettings
+from modalmerge.data.views import on_device
 from modalmerge.evaluate import evaluate
 from modalmerge.model import (
     ModalMergeConfig,
@@ -393,32 +392,9 @@ def on_accelerator(model: ModalMergeModel, data: TaskData, run: Any, *, accelera
     if found is None:
         return run(model, data)
     try:
-        return run(model.to(found), OnDevice(data, found))
+        return run(model.to(found), on_device(data, found))
     finally:
         model.cpu()
-
-
-class OnDevice:
-    """A split whose batches lie on a device."""
-
-    def __init__(self, data: TaskData, device: torch.device) -> None:
-        self.data, self.device = data, device
-        self.dataset, self.classes = data.dataset, data.classes
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-        return self._move(self.data.train_batch(samples, generator))
-
-    def batch(self, samples: Int[Tensor, " B"]) -> Batch:
-        return self._move(self.data.batch(samples))
-
-    def num_texts(self) -> Int[Tensor, " sample"]:
-        return self.data.num_texts()
-
-    def _move(self, batch: Batch) -> Batch:
-        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _asked(outlook: Outlook, tokenizer: str | None) -> dict[str, Any]:
