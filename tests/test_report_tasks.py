@@ -65,7 +65,7 @@ def test_a_head_that_never_trained_has_a_column_of_the_controls():
     cell = make_cell("other", "none", 0, 49.0, what=("zero-shot", "nlvr2", "accuracy"), settings=settings)
     (control,) = summarise([cell]).controls
     assert control.numbers["zero-shot nlvr2"].mean == 49.0 and control.chance == {"zero-shot nlvr2": 50.0}
-    assert EXTRA_COLUMNS["zero-shot nlvr2"].title == "NLVR2 without fine-tuning, accuracy %"
+    assert EXTRA_COLUMNS["zero-shot nlvr2"].title == "No fine-tuning: NLVR2, accuracy %"
 
 
 # -- the forgetting sheet -----------------------------------------------------------------------------------

@@ -47,10 +47,10 @@ ZERO_SHOT = "zero-shot retrieval"
 FURTHER_COLUMNS = {
     "fine-tuned nlvr2": Column("Fine-tuned NLVR2, accuracy %", "fine-tuned", "nlvr2", "accuracy", _STATEMENTS),
     "zero-shot postcards": Column(
-        "Zero-shot retrieval, second domain, mean recall %", "zero-shot", "retrieval", "recall_mean", _CARDS
+        "Zero-shot, second domain, mean recall %", "zero-shot", "retrieval", "recall_mean", _CARDS
     ),
     "fine-tuned postcards": Column(
-        "Fine-tuned retrieval, second domain, mean recall %", "fine-tuned", "retrieval", "recall_mean", _CARDS
+        "Fine-tuned, second domain, mean recall %", "fine-tuned", "retrieval", "recall_mean", _CARDS
     ),
     "fine-tuned segmentation": Column(
         "Fine-tuned segmentation, mean IoU %", "fine-tuned", "segmentation", "mean_iou", _MASKS
@@ -62,7 +62,7 @@ FURTHER_COLUMNS = {
 # measured for the untrained control alone: without fine-tuning nothing else has such a head
 EXTRA_COLUMNS = {
     key.replace("fine-tuned", "zero-shot"): column._replace(
-        title=column.title.removeprefix("Fine-tuned ").replace(",", " without fine-tuning,", 1), stage="zero-shot"
+        title=f"No fine-tuning: {column.title.removeprefix('Fine-tuned ')}", stage="zero-shot"
     )
     for key, column in (COLUMNS | FURTHER_COLUMNS).items()
     if column.stage == "fine-tuned" and column.task != "retrieval"

@@ -8,6 +8,8 @@ from modalmerge.report import charts
 from modalmerge.report.summary import Number, Row
 from modalmerge.report.text import format_count, format_number, format_settings
 
+MANY = 7  # columns of a table that is set smaller when it has more
+
 
 class Parts:
     """What sections share: the place of every cell in the table of cells, and the figures by id."""
@@ -55,7 +57,7 @@ def html_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     for name, *numbers in lines:
         cells = "".join(f'<td class="number">{text}</td>' for text in numbers)
         body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    return scroll("".join(titles), "".join(body))
+    return scroll("".join(titles), "".join(body), many=len(head) > MANY)
 
 
 def _unbroken(title: str) -> str:
@@ -63,9 +65,10 @@ def _unbroken(title: str) -> str:
     return escape(title).replace(" %", "&nbsp;%")
 
 
-def scroll(head: str, body: str) -> str:
-    """Let a wide table scroll by itself on a narrow screen."""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def scroll(head: str, body: str, *, many: bool = False) -> str:
+    """Let a wide table scroll by itself on a narrow screen; with many columns set it smaller."""
+    kind = ' class="many"' if many else ""
+    return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def row_head(row: Row) -> str:
