@@ -21,6 +21,7 @@ from modalmerge.outcomes.sets import (
     points,
     unpaired,
 )
+from modalmerge.outcomes.splits import is_reported
 
 if TYPE_CHECKING:
     from modalmerge.outcomes.prediction import Baseline, LeftOut, Outside, Prediction, Predictor, fit_predictor, predict
@@ -42,6 +43,7 @@ __all__ = [
     "Predictor",
     "correlations",
     "fit_predictor",
+    "is_reported",
     "load_cells",
     "measured_kinds",
     "measured_metrics",

@@ -7,6 +7,7 @@ by the settings that the recipe chose. What needs no head is measured without fi
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from modalmerge.outcomes.splits import is_reported
 from modalmerge.records import Cell
 
 HIDDEN_WORDS = "masked_language"  # the task of naming hidden words, which has cells but is none to fine-tune on
@@ -44,7 +45,7 @@ class Ability:
 
 def forgetting(cells: Iterable[Cell]) -> list[Ability]:
     """Collect the sheet from the test cells of a study; abilities that were not measured are left out."""
-    tested = [cell for cell in cells if cell.split == "test" and cell.dataset in _FIRST_DOMAIN]
+    tested = [cell for cell in cells if is_reported(cell) and cell.dataset in _FIRST_DOMAIN]
     sheet = []
     for (modality, title), (stage, task, metric) in ABILITIES.items():
         found: dict[str, list[Cell]] = {}

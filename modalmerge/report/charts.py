@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from modalmerge.outcomes import Point
+from modalmerge.outcomes import Point, is_reported
 from modalmerge.records import Cell
 from modalmerge.report.columns import COLUMNS, ZERO_SHOT
 from modalmerge.report.numbers import Number, average
@@ -202,7 +202,7 @@ def coefficient_curves(cells: Iterable[Cell]) -> list[tuple[str, Figure]]:
             title = next((column.title for column in COLUMNS.values() if column.holds(cell)), None)
             if not isinstance(value, (int, float)) or title is None:
                 continue
-            if cell.split == "test":
+            if is_reported(cell):
                 used.add((name, cell.role, cell.method, value))
             elif cell.split == "validation":
                 chart = groups.setdefault((name, title), {})

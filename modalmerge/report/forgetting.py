@@ -14,7 +14,7 @@ NOTE = (
     "result above has it, merged before it was fine-tuned. Hidden words and retrieval need no fine-tuning."
 )
 _STATES = (*STATES.values(), TUNED)
-_LOST = "lost by merging"
+_LOST = "change by merging"
 _HEAD = ("Modality", "Ability, percent", *_STATES, _LOST)
 
 

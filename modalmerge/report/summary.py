@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from modalmerge.outcomes import HIDDEN_WORDS, KINDS, SET_SETTING, STATES, points
+from modalmerge.outcomes import HIDDEN_WORDS, KINDS, SET_SETTING, STATES, is_reported, points
 from modalmerge.records import Cell
 from modalmerge.report.columns import COLUMNS, EXTRA_COLUMNS, FURTHER_COLUMNS, ZERO_SHOT, Column
 from modalmerge.report.numbers import Number, average, averages, find_clash, new_number, refuse_clash, unique
@@ -163,7 +163,7 @@ def summarise(
         ValueError: two different cells give the same number of the same model, so that no mean can be told.
     """
     cells = unique(cells)
-    tested = [cell for cell in cells if cell.split == "test"]
+    tested = [cell for cell in cells if is_reported(cell)]
     seeds = tuple(sorted({*random_seeds, *(cell.random_seed for cell in tested)}))
     of_sets = [cell for cell in tested if SET_SETTING in cell.settings]
     tested = [cell for cell in tested if SET_SETTING not in cell.settings]
