@@ -23,7 +23,7 @@ name of data set. Pictures have sides of 40 to 100 pixels.
                         7 questions without any answer of theirs; 3 at least leave "kite" too.
     write_nlvr2         nlvr2/data/{train,dev,test1}.json (JSON lines), balanced/ and unbalanced/ below it with dev and
                         test1, images/train/{directory}/, dev/, test1/: 3 pairs with 4 statements in train, 2 with 3 in
-                        dev and in test1. train-10-0-img0.png holds a JPEG.
+                        dev and in test1. train-10-0-img0.png holds a JPEG; the directory of train-10-1 is a text.
     write_ade20k        ADEChallengeData2016/: images/{training,validation}/*.jpg, annotations/.../*.png of 0 and some
                         of 1..150, objectInfo150.txt, sceneCategories.txt: 4 and 2 images of several sizes.
     write_imagenet      {train,val}/{wnid}/*.JPEG: 3 classes of 3 and 2 images; one file is CMYK, one holds a PNG.
@@ -325,7 +325,8 @@ def write_nlvr2(root: Path) -> Path:
                     "query": f"two dogs{number}",
                     "identifier": f"{part}-{pair}-{statement}",
                 }
-                line |= {"directory": directory} if part == "train" else {"extra_validations": {"88": "True"}}
+                written = str(directory) if number == 1 else directory
+                line |= {"directory": written} if part == "train" else {"extra_validations": {"88": "True"}}
                 lines.append(json.dumps(line) + "\n")
         _put(data / f"{part}.json", "".join(lines))
         if part != "train":

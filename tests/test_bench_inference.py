@@ -150,6 +150,13 @@ def test_what_cannot_be_measured_is_said(call, words, message):
     assert (code, out) == (1, "") and message in err
 
 
+def test_the_help_names_the_room_that_is_asked_for(call):
+    sizes = [bench.task_config("base", one.task, "specific", one.image_size) for one in bench.PASSES.values()]
+    most = max(bench.count_parameters(each, name)["total"] for each, name in zip(sizes, bench.PASSES, strict=True))
+    _, out, _ = call("bench", "inference", "--help")
+    assert f"up to {2 * 4 * most / 1e9:.1f} GB at size base" in " ".join(out.replace("│", " ").split())
+
+
 @pytest.mark.slow
 def test_the_whole_benchmark_runs(call, tmp_path):
     options = ["--size", "nano", "--image-size", 96, "--rounds", 1, "--batch-sizes", "1", "--dir", tmp_path]

@@ -69,6 +69,28 @@ def test_prepare_tells_numbers_notes_and_problems(prepare, out):
     assert text.endswith(f"coco in {out}\n")
 
 
+def test_a_split_that_ends_empty_fails(prepare, root):
+    code, text, _ = prepare("flickr30k", spoil=lambda: public_files.break_empty_split("flickr30k", root))
+    assert code == 1
+    assert "  val: the split is empty\n" in text
+    code, text, _ = prepare("flickr30k", "--splits", " train, test ", "-o", root.with_name("other"), "--json")
+    assert (code, list(json.loads(text)["splits"])) == (0, ["train", "test"])
+
+
+def test_more_problems_than_are_listed_are_in_a_file(prepare, root, out):
+    def spoil():
+        broken = [{"split": "train"}] * 1100
+        path = root / "karpathy" / "dataset_coco.json"
+        public_files.edit_json(path, lambda content: {**content, "images": [*content["images"], *broken]})
+
+    code, text, _ = prepare("coco", spoil=spoil)
+    assert code == 0
+    assert "1,104 problems:\n  train: 82,783 images are known" in text
+    assert f"  and 1,084 more; {out / 'train' / 'problems.jsonl'} list those of train\n" in text
+    shown = json.loads(prepare("coco", "--json", spoil=spoil)[1])
+    assert (shown["num_problems"], len(shown["problems"])) == (1104, 1003)
+
+
 def test_a_long_list_of_problems_is_cut(prepare, root, monkeypatch):
     monkeypatch.setattr(data_commands, "MOST_TOLD", 3)
     _, text, _ = prepare("coco")

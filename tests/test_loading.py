@@ -1,8 +1,12 @@
+import contextlib
+import errno
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import public_files
@@ -13,11 +17,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from modalmerge.bench import loading as bench
+from modalmerge.data import streaming
 from modalmerge.data.batches import step_generator, step_samples
-from modalmerge.data.contract import TaskData, evaluation_batches
+from modalmerge.data.contract import TaskData
 from modalmerge.data.loading import PAIRS, TASK_KINDS, load_public, load_public_mixture, load_tokenizer
+from modalmerge.data.prepare import prepare
 from modalmerge.data.prepare.kinds import KINDS, SCORED_QUESTIONS, features_of
-from modalmerge.data.streaming import CaptionStream
+from modalmerge.data.prepare.rows import FilePart, Unusable
+from modalmerge.data.streaming import open_set, open_shards
 from modalmerge.data.text import build_tokenizer, continuation_ids, mask_words, word_index
 from modalmerge.data.transforms import InputSettings
 
@@ -203,15 +210,17 @@ def test_a_batch_depends_on_samples_and_generator_alone(task, folders):
 
 
 class Steps(torch.utils.data.Dataset):
-    """Steps of a training run, as a data loader takes them."""
+    """Steps of a training run and samples of an evaluation, as a data loader takes them."""
 
     def __init__(self, data):
         self.data = data
 
     def __len__(self):
-        return 3
+        return 3 + len(self.data)
 
     def __getitem__(self, step):
+        if step >= 3:
+            return self.data.batch(torch.tensor([step - 3]))
         return self.data.train_batch(step_samples(len(self.data), 2, step, 0), step_generator(0, step))
 
 
@@ -219,10 +228,6 @@ class Steps(torch.utils.data.Dataset):
 def test_workers_change_nothing(task, folders):
     folder, split = folders[task]
     data = load(task, folder, split, settings=InputSettings())
-    data.batch(NUMBERS(1))  # the files are open when the workers start
-    alone = list(evaluation_batches(data, 1))
-    for one, other in zip(alone, evaluation_batches(data, 1, num_workers=2), strict=True):
-        assert same(one, other)
     steps = [DataLoader(Steps(data), batch_size=None, num_workers=workers) for workers in (0, 2)]
     for one, other in zip(*steps, strict=True):
         assert same(one, other)
@@ -381,6 +386,17 @@ def test_the_authors_scores_are_read_by_the_answers_names(tmp_path):
     assert words(other.train_batch(NUMBERS(1), torch.Generator())["input_ids"]) == ["what is it"]
 
 
+def test_scores_that_do_not_fit_their_labels_are_named(tmp_path):
+    row = {"image": png(picture(0)), "image_id": 7, "questions": ["what is it"], "question_ids": [71]}
+    rows = [{**row, "answer_labels": [[0, 2]], "answer_scores": [[1.0]]}]
+    folder = prepared(tmp_path, "vqav2", "questions", {"train": rows}, classes=ANSWERS, columns=dict(SCORED_QUESTIONS))
+    message = (
+        "vqav2, split train, row 0, image_id 7: question 71 has 2 answer_labels, 1 scores; run `modalmerge data check"
+    )
+    with pytest.raises(ValueError, match=message):
+        load("vqa", folder, "train").batch(NUMBERS(1))
+
+
 # -- statements -------------------------------------------------------------------------------------------------
 
 
@@ -513,6 +529,14 @@ def test_a_vocabulary_of_bert_is_loaded_from_its_folder_or_file(vocabulary, tmp_
     assert again("dogs running")["input_ids"] == [3, 7, 8, 9, 10, 4]
 
 
+def test_a_saved_tokenizer_keeps_its_case(vocabulary, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, "Dog"]) + "\n")
+    assert load_tokenizer(str(tmp_path)).tokenize("Dog") == ["dog"]
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(str(tmp_path)).tokenize("Dog") == ["Dog"]
+
+
 def test_whole_words_of_bert_are_hidden_together(vocabulary):
     tokenizer = load_tokenizer(str(vocabulary))
     pieces = continuation_ids(tokenizer)
@@ -539,6 +563,11 @@ def test_whole_words_of_bert_are_hidden_together(vocabulary):
 def test_a_tokenizer_that_is_not_there_is_answered(tmp_path):
     with pytest.raises(ValueError, match="gives no tokenizer .* name a folder with tokenizer.json or vocab.txt"):
         load_tokenizer(str(tmp_path))
+    script = tmp_path / "script.py"
+    script.write_text("import torch\n[PAD]\n")
+    lacks = r"script.py is no vocabulary of BERT's, it lacks \[UNK\], \[CLS\], \[SEP\], \[MASK\]\); name a folder"
+    with pytest.raises(ValueError, match=lacks):
+        load_tokenizer(str(script))
     bare = build_tokenizer(["a"])
     bare.mask_token = None
     bare.save_pretrained(tmp_path)
@@ -546,7 +575,7 @@ def test_a_tokenizer_that_is_not_there_is_answered(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-# -- streams ----------------------------------------------------------------------------------------------------
+# -- shards -----------------------------------------------------------------------------------------------------
 
 
 def add(tar, name, content):
@@ -556,146 +585,206 @@ def add(tar, name, content):
 
 
 def write_shards(folder, counts, *, broken=()):
-    """Write shards of pictures whose captions are their numbers, as words that the tokenizer below knows."""
+    """Write shards of pictures that are numbered on, with captions of their own; those of `broken` are none."""
+    folder.mkdir(parents=True, exist_ok=True)
     number = 0
     for shard, count in enumerate(counts):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for place in range(count):
                 content = b"none" if number in broken else png(picture(number))
                 add(tar, f"{shard:05d}{place:04d}.jpg", content)
-                add(tar, f"{shard:05d}{place:04d}.txt", f"n{number}".encode())
+                add(tar, f"{shard:05d}{place:04d}.txt", TEXTS[number].encode())
                 number += 1
     return sorted(folder.glob("*.tar"))
 
 
-NUMBERED = build_tokenizer([f"n{number}" for number in range(100)])
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder for indices, of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "modalmerge" / "shards"
 
 
-def stream(shards, *, batch_size=3, settings=PLAIN, **more):
-    more = {"random_seed": 1, "shards_at_once": 2} | more
-    return CaptionStream(
-        shards,
-        tokenizer=NUMBERED,
-        max_text_length=9,
-        image_size=SIZE,
-        batch_size=batch_size,
-        settings=settings,
-        **more,
-    )
+@pytest.fixture
+def no_listing(monkeypatch):
+    """A function after which no shard can be listed any more."""
+    return lambda: monkeypatch.setattr(streaming, "shard_rows", None)
 
 
-def numbers(batches, count):
-    """Take some batches; return the numbers that their captions are."""
-    found = []
-    for _ in range(count):
-        texts = NUMBERED.batch_decode(next(batches)["input_ids"], skip_special_tokens=True)
-        found += [int(text.strip()[1:]) for text in texts]
-    return found
+@pytest.mark.parametrize("sample", ["image", "text"])
+def test_shards_give_what_the_set_prepared_from_them_gives(tmp_path, cache, sample):
+    root = public_files.write_cc3m_shards(tmp_path / "cc3m")
+    prepare("cc3m", root, tmp_path / "prepared")
+    settings = InputSettings(sample=sample)
+    there, made = (load("retrieval", folder, "train", settings=settings) for folder in (root, tmp_path / "prepared"))
+    assert isinstance(there, TaskData) and (there.dataset, len(there)) == ("cc3m", 5)
+    assert torch.equal(there.num_texts(), made.num_texts())
+    order = torch.tensor([4, 0, 3, 1, 2])
+    assert same(there.batch(order), made.batch(order))
+    drawn = [data.train_batch(order, torch.Generator().manual_seed(3)) for data in (there, made)]
+    assert same(*drawn)
+    again = pickle.loads(pickle.dumps(there))
+    assert same(drawn[0], again.train_batch(order, torch.Generator().manual_seed(3)))
+    assert len(pickle.dumps(there)) - len(pickle.dumps(TOKENIZER)) < 4000
 
 
-def test_a_stream_gives_every_sample_once_an_epoch_in_another_order(tmp_path):
-    shards = write_shards(tmp_path, [4, 5, 3])
-    batches = iter(stream(shards))
-    first, second = numbers(batches, 4), numbers(batches, 4)
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second and first != sorted(first)
-    assert numbers(iter(stream(shards, random_seed=2)), 4) != first
-    assert numbers(iter(stream(list(reversed(shards)))), 4) == first
-    # the shards of one block are mixed: neither comes as a whole
-    block = [number // 4 if number < 8 else 2 for number in first]
-    assert sum(one != other for one, other in zip(block, block[1:], strict=False)) > 2
-
-
-def test_a_sample_of_a_stream_is_picture_and_caption(tmp_path):
-    batch = next(iter(stream(write_shards(tmp_path, [2]), batch_size=2)))
-    order = [int(text.strip()[1:]) for text in NUMBERED.batch_decode(batch["input_ids"], skip_special_tokens=True)]
-    wanted = torch.stack([expected(number) for number in order])
+def test_shards_lie_in_folders_of_their_splits_and_beside_prepared_sets(tmp_path, cache, coco):
+    folder = tmp_path / "cc3m"
+    write_shards(folder / "train", [2, 1])
+    write_shards(folder / "val", [1])
+    write_shards(folder / "other", [1])
+    assert {name: split.num_rows for name, split in open_set(folder).splits.items()} == {"train": 3, "val": 1}
+    parts = [(coco, ["train"]), (folder, ["train", "val"])]
+    data = load_public_mixture(parts, tokenizer=TOKENIZER, max_text_length=9, image_size=SIZE)
+    assert (data.dataset, len(data)) == ("coco+cc3m", 10)
+    batch = data.batch(torch.tensor([9, 8, 6, 5]))
+    assert words(batch["input_ids"]) == [TEXTS[0], TEXTS[2], TEXTS[0], CAPTIONS[2][1]]
+    wanted = torch.stack([expected(number) for number in (0, 2, 0, 2)])
     assert torch.allclose(batch["pixel_values"], wanted, atol=1e-6)
-    assert batch["owner"].tolist() == [0, 1] and batch["attention_mask"].tolist() == [[1, 1, 1]] * 2
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, 5, 9])
-def test_a_stream_goes_on_where_it_stood(tmp_path, stop):
-    shards = write_shards(tmp_path, [4, 5, 3, 4], broken=(1, 7))
-    whole = iter(stream(shards, settings=InputSettings(), batch_size=3))
-    batches = [next(whole) for _ in range(12)]
-    begun = stream(shards, settings=InputSettings(), batch_size=3)
-    going = iter(begun)
-    for _ in range(stop):
-        next(going)
-    state = json.loads(json.dumps(begun.state_dict()))  # as it lies in a checkpoint
-    resumed = stream(shards, settings=InputSettings(), batch_size=3)
-    resumed.load_state_dict(state)
-    again = iter(resumed)
-    for batch in batches[stop:]:
-        assert same(batch, next(again))
-    for _ in range(stop, 12):
-        next(going)
-    assert resumed.state_dict() == begun.state_dict()
-    assert begun.num_broken >= 4  # two in each epoch
+def test_shards_are_listed_once_until_one_changes(tmp_path, cache, no_listing, monkeypatch):
+    shards = write_shards(tmp_path / "sbu", [2, 3])
+    told = []
+
+    @contextlib.contextmanager
+    def progress(name):
+        yield lambda done, total: told.append((name, done, total))
+
+    first = open_set(tmp_path / "sbu", progress=progress)
+    assert told == [("train", 1, 2), ("train", 2, 2)] and first.splits["train"].num_samples == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "shard_rows", None)
+        assert open_set(tmp_path / "sbu", progress=progress) == first
+    (index,) = cache.glob("*.arrow")
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-8])  # cut
+    assert open_set(tmp_path / "sbu") == first and index.read_bytes() == whole
+    write_shards(tmp_path / "sbu", [2, 4])
+    assert open_set(tmp_path / "sbu").splits["train"].num_samples == 6
+    os.utime(shards[0], ns=(1, 1))
+    no_listing()
+    with pytest.raises(TypeError):  # it would be listed
+        open_set(tmp_path / "sbu")
 
 
-def test_readers_share_the_shards(tmp_path):
-    shards = write_shards(tmp_path, [3, 3, 3, 3])
-    readers = [stream(shards, reader=reader, num_readers=2) for reader in range(2)]
-    epoch = [numbers(iter(reader), 2) for reader in readers]
-    assert sorted(epoch[0] + epoch[1]) == list(range(12))
-    # what is drawn for a sample does not depend on its reader
-    alone = iter(stream(shards, settings=InputSettings(), batch_size=1))
-    pictures = {}
-    for _ in range(12):
-        batch = next(alone)
-        pictures[batch["input_ids"].tolist()[0][1]] = batch["pixel_values"]
-    shared = iter(stream(shards, settings=InputSettings(), batch_size=1, reader=1, num_readers=2))
-    for _ in range(6):
-        batch = next(shared)
-        assert torch.equal(batch["pixel_values"], pictures[batch["input_ids"].tolist()[0][1]])
+def test_an_interrupted_listing_leaves_nothing(tmp_path, cache):
+    write_shards(tmp_path / "sbu", [1, 1])
+
+    @contextlib.contextmanager
+    def progress(name):
+        def stop(done, total):
+            raise KeyboardInterrupt
+
+        yield stop
+
+    with pytest.raises(KeyboardInterrupt):
+        open_set(tmp_path / "sbu", progress=progress)
+    assert list(cache.iterdir()) == []
 
 
-def test_broken_samples_are_counted_and_listed(tmp_path):
-    shards = write_shards(tmp_path, [4, 4], broken=(2,))
+@pytest.mark.slow
+def test_processes_list_what_one_lists(tmp_path):
+    write_shards(tmp_path / "sbu", [2, 1, 3], broken=(4,))
+    made = [
+        open_shards(tmp_path / "sbu", decode_images=True, num_workers=workers, cache=tmp_path / str(workers))
+        for workers in (1, 2)
+    ]
+    assert made[0].splits["train"].num_rows == 5
+    one, two = (Path(split.splits["train"].files[0]).read_bytes() for split in made)
+    assert one == two
+
+
+def test_broken_samples_of_shards_are_left_out_and_counted(tmp_path, cache):
+    shards = write_shards(tmp_path / "cc3m", [2, 2])
     with tarfile.open(shards[1], "a") as tar:
-        add(tar, "000010009.txt", b"n50")  # no image
-    made = stream(shards, batch_size=7)
-    assert sorted(set(numbers(iter(made), 2))) == [0, 1, 3, 4, 5, 6, 7]
-    assert made.num_broken in (3, 4)  # two in the first epoch, and as far as the second has come
-    told = sorted(map(str, made.problems))
-    assert told[0].startswith("00000.tar 000000002: the image cannot be decoded")
-    assert "000010009" in told[-1] and "must have one image" in told[-1]
-
-
-def test_a_stream_without_a_whole_sample_ends_with_an_error(tmp_path):
-    shards = write_shards(tmp_path, [2], broken=(0, 1))
-    with pytest.raises(ValueError, match="none of 1 shards has a whole sample of image and caption\n  00000.tar 00000"):
-        next(iter(stream(shards)))
-
-
-def test_wrong_arguments_of_a_stream_are_answered(tmp_path):
-    shards = write_shards(tmp_path, [1])
-    with pytest.raises(ValueError, match="1 of 2 shards are missing, the first is .*nowhere.tar"):
-        stream([*shards, tmp_path / "nowhere.tar"])
-    with pytest.raises(ValueError, match="reader 1 of 2 cannot have a part of 1 shards"):
-        stream(shards, reader=1, num_readers=2)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        stream(shards, batch_size=0)
-    with pytest.raises(ValueError, match="the state of a stream has epoch, block, given, num_broken; got epoch"):
-        stream(shards).load_state_dict({"epoch": 1})
-
-
-def test_shards_of_img2dataset_are_streamed(tmp_path):
-    root = public_files.write_cc3m_shards(tmp_path)
-    made = CaptionStream(
-        sorted(root.glob("*.tar")),
-        tokenizer=TOKENIZER,
-        max_text_length=9,
-        image_size=SIZE,
-        batch_size=5,
-        settings=InputSettings(),
+        add(tar, "000010007.txt", b"a bus")  # no image
+        for key, text in ("000010008", b'{"captions": []}'), ("000010009", b'{"caption": "\\ud800"}'):
+            add(tar, f"{key}.png", png(picture(9)))
+            add(tar, f"{key}.json", text)
+    found = open_set(tmp_path / "cc3m")
+    assert found.splits["train"].num_rows == 4
+    (note,) = map(str, found.notes)
+    assert found.num_problems == 3 and found.problems[1].sample == "00001.tar: 000010008"
+    assert note.startswith(
+        "train: 3 samples or captions were left out, such as 00001.tar: 000010007: must have one image"
     )
-    batch = next(iter(made))
-    assert batch["pixel_values"].shape == (5, 3, SIZE, SIZE) and made.num_broken == 0
-    captions = {public_files.caption(4700 + number).lower().rstrip(".") for number in (0, 2, 4, 11, 12)}
-    assert set(words(batch["input_ids"])) == captions
+    (listed,) = cache.glob("*.json")
+    assert str(listed) in note
+    whats = [problem["what"] for problem in json.loads(listed.read_text())["problems"]]
+    assert "has no captions" in whats[1] and "is no Unicode text" in whats[2]
+
+
+def test_a_broken_image_in_a_shard_is_named_until_it_is_left_out(tmp_path, cache, no_listing):
+    folder = tmp_path / "cc3m"
+    write_shards(folder, [2, 2], broken=(2,))
+    data = load("retrieval", folder, "train")
+    assert len(data) == 4 and len(data.batch(torch.tensor([0, 1, 3]))["owner"]) == 3
+    for make in (lambda: data.batch(NUMBERS(4)), lambda: data.train_batch(NUMBERS(4), torch.Generator())):
+        with pytest.raises(ValueError) as caught:
+            make()
+        said = str(caught.value)
+        assert said.startswith(f"cc3m, split train, row 2, shard {folder / '00001.tar'}, image_id '000010000': image: ")
+        assert said.endswith("fetch the shard again, or leave broken images out (docs/loading.md, Shards)")
+    assert "1 samples or captions were left out" in str(open_shards(folder, decode_images=True).notes[0])
+    no_listing()  # what was made is used from then on
+    data = load("retrieval", folder, "train")
+    assert words(data.batch(NUMBERS(3))["input_ids"]) == [TEXTS[0], TEXTS[1], TEXTS[3]]
+
+
+def test_a_shard_that_cannot_be_read_is_named(tmp_path, cache):
+    folder = tmp_path / "cc3m"
+    shards = write_shards(folder, [2, 2, 1])
+    data = load("retrieval", folder, "train")
+    shards[1].write_bytes(shards[1].read_bytes()[:2000])
+    with pytest.raises(ValueError, match="row 2, shard .*00001.tar, image_id '000010000': the file 00001.tar is cut"):
+        data.batch(NUMBERS(5))
+    shards[1].unlink()
+    with pytest.raises(
+        ValueError, match="row 2, shard .*00001.tar, image_id '000010000': the file 00001.tar is missing"
+    ):
+        data.batch(torch.tensor([2]))
+    shards[1].write_bytes(shards[0].read_bytes()[:2000])
+    shards[2].write_bytes(b"no tar" * 1000)
+    made = len(list(cache.iterdir()))
+    message = "2 of 3 shards in .*cc3m cannot be read to their end, the first: 00001.tar: .*; fetch them again, or move"
+    with pytest.raises(ValueError, match=message):
+        load("retrieval", folder, "train")
+    assert len(list(cache.iterdir())) == made
+
+
+def test_a_store_that_is_gone_is_no_broken_image(tmp_path, cache, monkeypatch):
+    write_shards(tmp_path / "cc3m", [2, 2])
+
+    def gone(part, root):
+        raise Unusable("the file cannot be read: Input/output error") from OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(FilePart, "read", gone)
+    with pytest.raises(
+        ValueError, match="2 of 2 shards in .* the first: 00000.tar: the shard cannot be read: .*Input/out"
+    ):
+        open_shards(tmp_path / "cc3m", decode_images=True)
+
+
+def test_folders_without_usable_shards_are_answered(tmp_path, cache):
+    write_shards(tmp_path / "shards", [1])
+    (tmp_path / "coco").mkdir()
+    for folder in ("shards", "coco"):
+        message = f"{folder} holds no shards of a set: its name must be one of coco, .*cc3m"
+        with pytest.raises(ValueError, match=message):
+            open_shards(tmp_path / folder)
+    with pytest.raises(ValueError, match="shards holds no shards of a set"):
+        load("retrieval", tmp_path / "shards", "train")
+    write_shards(tmp_path / "sbu", [2], broken=(0, 1))
+    with pytest.raises(
+        ValueError, match="none of 1 shards in .*sbu has a whole sample of image and caption\n  train 00000"
+    ):
+        open_shards(tmp_path / "sbu", decode_images=True)
+    write_shards(tmp_path / "cc3m", [1])
+    with pytest.raises(ValueError, match="unknown split of cc3m 'val'; .*train"):
+        load("retrieval", tmp_path / "cc3m", "val")
+    with pytest.raises(ValueError, match="holds cc3m, whose rows are captions; the task vqa reads questions"):
+        load("vqa", tmp_path / "cc3m", "train")
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from prepared_sets import JPEG, only, problems, rows
 
 from modalmerge.data.prepare import check, prepare
 from modalmerge.data.prepare.kinds import decode
+from modalmerge.data.prepare.webdataset import shard_rows
 
 
 @pytest.fixture
@@ -74,6 +75,8 @@ def test_png_and_upper_case_members_are_read(root, out):
         ([("a.jpg", JPEG), ("a.json", b"[1]")], "a.json must be a JSON object"),
         ([("a.jpg", JPEG), ("a.json", b"{")], "a.json is no JSON"),
         ([("a.jpg", JPEG), ("a.json", b"[" * 100_000)], "a.json is no JSON"),
+        ([("a.jpg", JPEG), ("a.json", b"9" * 5000)], "a.json is no JSON"),
+        ([("a.jpg", JPEG), ("a.txt", b" \n")], "a: has an empty caption, which was left out, and no other"),
         ([("a.jpg", JPEG), ("a.json", b'{"captions": "x"}')], "field 'captions' must be list"),
         (
             [("a.jpg", JPEG), ("a.json", b'{"status": "failed_to_resize"}')],
@@ -131,6 +134,53 @@ def test_a_cut_shard_is_told(cut, kept, told, root, out):
     assert any(told in problem and "00000.tar" in problem for problem in problems(manifest)), problems(manifest)
     assert manifest.splits["train"].num_rows == kept + 2
     assert check(out) == []
+
+
+def crafted(kind, size=0):
+    """The headers of a tar that is made to harm."""
+    member = tarfile.TarInfo("b.jpg")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (crafted(tarfile.REGTYPE, -512), "what followed is lost: the size of b.jpg is -512"),
+        (crafted(tarfile.REGTYPE, -2048), "what followed is lost: the size of b.jpg is -2048"),
+        (crafted(tarfile.GNUTYPE_LONGNAME) * 3000, "what followed is lost: maximum recursion depth exceeded"),
+        (crafted(tarfile.REGTYPE, 1 << 80), "what followed is lost: "),
+    ],
+)
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_tars_that_are_made_to_harm_are_told(harm, told, num_before, root, out):
+    write_shard(root / "00000.tar", [("a.jpg", JPEG), ("a.txt", b"first")] * num_before)
+    write_shard(root / "00001.tar", [("z.jpg", JPEG), ("z.txt", b"good")])
+    with tarfile.open(root / "00000.tar") as tar:
+        end = max((member.offset_data + 512 * -(-member.size // 512) for member in tar), default=0)
+    os.truncate(root / "00000.tar", end)
+    with (root / "00000.tar").open("ab") as file:
+        file.write(harm + bytes(10240))
+    manifest = prepare("cc3m", root, out)
+    problem = problems(manifest)[-1]
+    assert "00000.tar" in problem
+    assert told in problem or (not num_before and "the shard cannot be read: " in problem), problem
+    assert [row["image_id"] for row in rows(out)] == ["a", "z"][1 - num_before :]
+
+
+def test_a_key_that_comes_again_in_its_shard_is_told(root, out):
+    write_shard(root / "00000.tar", [("a.jpg", JPEG), ("a.txt", b"first"), ("a.jpg", JPEG), ("a.txt", b"second")])
+    manifest = prepare("cc3m", root, out)
+    assert "image_id a is there twice; the second was left out" in only(problems(manifest))
+    assert rows(out)[0]["captions"] == ["first"]
+
+
+def test_a_stream_of_shards_has_no_empty_captions(root):
+    described = json.dumps({"captions": ["a dog", ""]}).encode()
+    write_shard(root / "00000.tar", [("a.jpg", JPEG), ("a.json", described)])
+    problem, row = shard_rows(root, "train", root / "00000.tar")
+    assert str(problem) == "train a: has an empty caption, which was left out"
+    assert row.values["captions"] == ["a dog"]
 
 
 def test_a_key_in_two_shards_is_kept_once(root, out):
@@ -221,14 +271,35 @@ def test_the_authors_soft_scores_take_the_place_of_answers(root, out):
 @pytest.mark.parametrize(
     ("answers", "labels", "told"),
     [
-        ([["yes", "no"]], [[0, 2]], r"no file names the answer 1 \(1 are missing\)"),
+        ([["yes", "no"]], [[0, 4]], r"the files name 2 answers, but have one of number 4; put vqav2_train.arrow and"),
+        (
+            [["yes", "no"]],
+            [[0]],
+            r"vqav2_train.arrow, row 0: has \[2\] answers, but \[1\] answer_labels; copy the file",
+        ),
         ([["yes", "no"]], [[0, 0]], "answer 0 is 'no' here and 'yes' before"),
     ],
 )
-def test_a_vocabulary_with_gaps_is_refused(answers, labels, told, root, out):
+def test_a_vocabulary_that_does_not_fit_is_refused(answers, labels, told, root, out):
     write_authors(root / "vqav2_train.arrow", [question_row(1, answers, labels, [[1.0, 0.3]])])
     with pytest.raises(ValueError, match=told):
         prepare("vqav2", root, out)
+
+
+def test_an_answer_that_no_file_names_gets_a_name(root, out):
+    write_authors(root / "vqav2_train.arrow", [question_row(1, [["yes", "no"]], [[0, 2]], [[1.0, 0.3]])])
+    manifest = prepare("vqav2", root, out)
+    assert manifest.classes == ("yes", "(answer 1)", "no")
+    assert "no file names 1 of 3 answers; the first of them is called '(answer 1)'" in manifest.notes[1].what
+    assert check(out) == []
+
+
+def test_the_authors_scores_must_fit_their_answers(root, out):
+    made = [question_row(1, [["yes", "no"]], [[0, 1]], [[1.0]]), question_row(2, [["no"]], [[1]], [[0.9]])]
+    write_authors(root / "vqav2_train.arrow", made)
+    told = only(problems(prepare("vqav2", root, out)))
+    assert told == "train vqav2_train.arrow row 0: its questions have [2] answer_labels, but [1] answer_scores"
+    assert [row["image_id"] for row in rows(out)] == [2]
 
 
 def statement_row(pair, answers):

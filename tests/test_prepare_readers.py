@@ -199,7 +199,7 @@ def test_nlvr2_splits(root):
     assert [row.id for row in sound("nlvr2", root, "unbalanced_test1")] == ["test1-0-3"]
     (root / "nlvr2/data/balanced/balanced_dev.json").unlink()
     (root / "nlvr2/data/dev.json").unlink()
-    assert set(statements.splits(root)) == {*always, *more} - {"balanced_dev"}
+    assert set(statements.splits(root)) == {*always, *more} - {"balanced_dev", "dev"}
     with pytest.raises(ValueError, match="dev.json is missing; put the official file there"):
         statements.rows(root, "dev")
 
@@ -231,6 +231,7 @@ def test_nlvr2_without_labels_has_none(root):
         (lambda x: x.pop("sentence"), "train-10-0-1: has no field 'sentence'"),
         (lambda x: x.pop("directory"), "train-10-0-1: has no field 'directory'"),
         (lambda x: x.update(directory="../.."), "'directory' must be integer, got text '../..'"),
+        (lambda x: x.update(directory=True), "'directory' must be integer, got true or false True"),
         (lambda x: x.pop("identifier"), "train entry 1: has no field 'identifier'"),
         (lambda x: x.update(identifier="dev-1-0-0"), "must read train-set-pair-sentence in numbers, got 'dev-1-0-0'"),
         (lambda x: x.update(identifier="train-/../x-0"), "must read train-set-pair-sentence in numbers"),
@@ -374,7 +375,7 @@ def test_tsv_files_do_without_their_lineidx(root):
     assert {split: sound("imagenet_tsv", root, split) for split in labels.SPLITS} == before
 
 
-@pytest.mark.parametrize("text", ["", "0\n17\n12\n", "0\nmany\n", "0\n99999999\n", "5\n70\n"])
+@pytest.mark.parametrize("text", ["", "0\n17\n12\n", f"0\n{'9' * 5000}\n", "0\nmany\n", "0\n99999999\n", "5\n70\n"])
 def test_a_lineidx_of_another_file_is_an_error(root, text):
     public_files.write_imagenet_tsv(root)
     (root / "val_img.lineidx").write_text(text)
@@ -447,6 +448,7 @@ def test_tsv_lines_that_cannot_be_used_are_told(root, spoil, message):
         ("composite: true\nimg: [val_img.tsv]\ncaption: [val_label.tsv]", "caption_linelist must name a file of lines"),
         ("- img", "must be a mapping with img and caption, got ['img']"),
         ("img: [", "is no YAML"),
+        ("img: " + "9" * 5000, "is no YAML"),
     ],
 )
 def test_a_yaml_that_does_not_fit_is_an_error(root, text, message):

@@ -1,22 +1,26 @@
 """Every stage and task on public data in the form of its official files: prepare, check, train, evaluate, submit."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import tarfile
 
 import pytest
 import torch
-from public_files import WRITERS
+from public_files import WRITERS, write_cc3m_shards
 from transformers import BeitConfig, BeitModel
 
 from modalmerge.cli import main
 from modalmerge.data.prepare import check, prepare
 from modalmerge.data.text import SPECIALS
 from modalmerge.data.views import on_device
+from modalmerge.evaluate import evaluate
 from modalmerge.model import load
 from modalmerge.records import Cell, read_lines
+from modalmerge.study import paper as studied
 from modalmerge.study import public
-from modalmerge.study.paper import load_paper, paper, run_paper, stages
+from modalmerge.study.paper import load_paper, look_at_paper, paper, run_paper, stages
 from modalmerge.study.public import evaluate_public, find_set, finetune_recipe, look, pretrain_recipe
 from modalmerge.study.recipes import RECIPES, SPLITS, load_recipe
 from modalmerge.tasks import TASKS
@@ -33,6 +37,7 @@ QUICK = {
     "training.precision": "32-true",
     "training.accelerator": "cpu",
     "training.checkpoint_steps": "1",
+    "training.num_workers": "0",
     "max_text_length": "12",
 }
 SMALL = {
@@ -132,7 +137,9 @@ def test_a_finished_run_is_kept(pretrained, data, monkeypatch):
     folder, _, experts = pretrained
     monkeypatch.setattr(public, "pretrain", None)
     settings = dict(data=data, seed=folder / "seed" / "model", architecture="ffn")
-    assert pretrain_recipe(recipe("experts", training__num_workers="3"), folder / "experts", **settings) == experts
+    told = dataclasses.replace(recipe("experts"), source="other words", hardware="another", expected="published by all")
+    for same in (recipe("experts", training__num_workers="3"), told):
+        assert pretrain_recipe(same, folder / "experts", **settings) == experts
     with pytest.raises(ValueError, match="holds a run with other settings"):
         pretrain_recipe(recipe("experts", training__learning_rate="1e-3"), folder / "experts", **settings)
 
@@ -156,6 +163,82 @@ def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, tmp_path
     assert {**again, "checkpoint": ""} == {**experts, "checkpoint": ""}
     first, second = (load(place / "experts" / "model")[0].state_dict() for place in (folder, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def sharded(data, tmp_path, monkeypatch):
+    """The prepared sets, but CC3M as shards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in data.iterdir():
+        if path.name != "cc3m":
+            (folder / path.name).symlink_to(path)
+    write_cc3m_shards(folder / "cc3m")
+    return folder
+
+
+def test_shards_are_read_beside_prepared_sets(pretrained, sharded, tmp_path, monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def progress(split):
+        yield lambda done, total: told.append((split, done, total))
+
+    settings = dict(data=sharded, seed=pretrained[0] / "seed" / "model", architecture="ffn", progress=progress)
+    made = recipe("experts", training__num_workers="2")
+    done = pretrain_recipe(made, tmp_path / "run", **settings)
+    assert done["steps"] == 2 and told == [("train", 1, 2), ("train", 2, 2)], "the shards are listed once"
+    monkeypatch.setattr(public, "pretrain", None)
+    assert pretrain_recipe(made, tmp_path / "run", **settings) == done
+    shutil.copy(sharded / "cc3m" / "00001.tar", sharded / "cc3m" / "00002.tar")
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        pretrain_recipe(made, tmp_path / "run", **settings)
+
+
+def test_what_is_there_of_shards_is_shown(data, sharded, beit, tokenizer, pretrained):
+    outlook = look(recipe("seed"), data=sharded, init=beit, tokenizer=tokenizer)
+    assert outlook.missing == () and outlook.folders["cc3m"] == sharded / "cc3m"
+    assert outlook.samples["cc3m"] == {"train": 5} and not any(note.startswith("cc3m") for note in outlook.notes)
+    with tarfile.open(sharded / "cc3m" / "00001.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("000010009.txt"))
+    (note,) = [note for note in look(recipe("seed"), data=sharded).as_dict()["notes"] if note.startswith("cc3m")]
+    assert note.startswith("cc3m: train: 1 samples or captions were left out, such as 00001.tar: 000010009: must have")
+    (sharded / "cc3m" / "00000.tar").write_bytes(b"cut")
+    told = "\n".join(look(recipe("seed"), data=sharded).missing)
+    assert "1 of 2 shards in" in told and "cannot be read to their end, the first: 00000.tar" in told
+    shards = sharded / "coco"
+    shards.unlink()
+    write_cc3m_shards(shards / "train")
+    told = look(recipe("seed"), data=shards).missing[0]
+    assert told == "split val of coco: only train are there; put its shards into a folder val beside"
+    _, split, results = evaluate_public(pretrained[0] / "seed" / "model", "retrieval", shards, split="train")
+    assert split == "train" and results[0].metric == TASKS["retrieval"].main_metric
+
+
+def test_a_run_that_fails_in_measuring_is_trained_once(pretrained, data, tmp_path, monkeypatch):
+    folder, _, experts = pretrained
+    settings = dict(data=data, seed=folder / "seed" / "model", architecture="ffn")
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(public, "evaluate", fail)
+        pretrain_recipe(recipe("experts"), tmp_path / "experts", **settings)
+    monkeypatch.setattr(public, "pretrain", None)
+    again = pretrain_recipe(recipe("experts"), tmp_path / "experts", **settings)
+    assert {**again, "checkpoint": ""} == {**experts, "checkpoint": ""}
+    first, second = (load(place / "experts" / "model")[0].state_dict() for place in (folder, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (folder / "experts" / "curve.json").read_text() == (tmp_path / "experts" / "curve.json").read_text()
+    assert not (tmp_path / "experts.partial").exists()
+
+
+def test_half_precision_without_an_accelerator_is_told(data, beit, tokenizer):
+    outlook = look(recipe("seed", training__precision="16-mixed"), data=data, init=beit, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="no 16-mixed on a CPU; --set training.precision=bf16-mixed or 32-true"):
+        outlook.refuse()
 
 
 def test_a_seed_of_another_size_is_refused(pretrained, data, tmp_path):
@@ -202,6 +285,55 @@ def test_a_split_without_labels_needs_a_file(pretrained, data, tmp_path):
     assert split == "rest_val" and {r.metric: r.value for r in results} == done["metrics"]
 
 
+def test_a_model_is_measured_on_inputs_as_it_was_trained_on(pretrained, data, tmp_path, monkeypatch):
+    made = recipe("coco-384", max_text_length="6", inputs__normalisation="imagenet", inputs__normalise_answers="true")
+    seen = []
+
+    def watched(model, task, split):
+        seen.append(split.batch(torch.arange(len(split))))
+        return evaluate(model, task, split)
+
+    monkeypatch.setattr(public, "evaluate", watched)
+    done = finetune_recipe(made, pretrained[0] / "seed" / "model", tmp_path / "run", data=data)
+    source = tmp_path / "run" / "model"
+    evaluate_public(source, "retrieval", data / "coco", split="val")
+    selected, measured = seen
+    assert selected.keys() == measured.keys() and selected["input_ids"].shape[1] == 6
+    assert all(torch.equal(selected[key], measured[key]) for key in selected)
+    path = source / "inputs.json"
+    kept = {"max_text_length": 6, "normalisation": "imagenet", "normalise_answers": True}
+    assert json.loads(path.read_text()) == kept and done["checkpoint"] == str(source)
+    for content, told in (({"normalisation": "imagnet"}, "nearest: 'imagenet'"), ([], "does not say how the model")):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"(?s)inputs.json.*{told}.*remove it for the defaults"):
+            evaluate_public(source, "retrieval", data / "coco")
+
+
+def test_batches_are_moved_once(pretrained, data, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cpu"))
+    monkeypatch.setattr(public, "on_device", None)  # what measures moves them
+    assert evaluate_public(pretrained[0] / "seed" / "model", "retrieval", data / "flickr30k")[2]
+
+
+def test_samples_that_were_left_out_are_told(data, tmp_path, capsys, monkeypatch):
+    shutil.copytree(data / "vqav2", tmp_path / "vqav2")
+    path = tmp_path / "vqav2" / "prepared.json"
+    content = json.loads(path.read_text())
+    content["problems"] = [
+        {"split": "test", "what": "number of images: 3, known are 4", "sample": ""},
+        {"split": "test", "what": "no such image", "sample": "17"},
+        {"split": "train", "what": "no such image", "sample": "18"},
+    ]
+    content["splits"]["test"]["num_problems"] = 2001  # of which a thousand are listed
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(public, "evaluate_public", lambda *_, **__: ("vqav2", "test", []))
+    code, out, err = run(
+        capsys, "evaluate", "x", "--task", "vqa", "--data", tmp_path, "--submission", tmp_path / "x.json", "--json"
+    )
+    assert code == 0 and json.loads(out)["left_out"] == 2000
+    assert "2000 samples of test were left out when vqav2 was prepared; the file has no answer for them" in err
+
+
 def test_what_cannot_be_evaluated_is_told(pretrained, data, tmp_path):
     seed = pretrained[0] / "seed" / "model"
     with pytest.raises(
@@ -210,6 +342,11 @@ def test_what_cannot_be_evaluated_is_told(pretrained, data, tmp_path):
         evaluate_public(seed, "retrieval", data)
     with pytest.raises(ValueError, match="task 'retrieval' has no submission file; leave out --submission"):
         evaluate_public(seed, "retrieval", data / "coco", submission=tmp_path / "x")
+    (tmp_path / "there.json").touch()
+    with pytest.raises(ValueError, match="there.json exists and is not overwritten"):
+        evaluate_public(tmp_path / "no model", "vqa", data, submission=tmp_path / "there.json")
+    with pytest.raises(ValueError, match="nothing is reported on cc3m; give --split, one of train, val"):
+        evaluate_public(seed, "retrieval", data / "cc3m")
     with pytest.raises(ValueError, match="holds no prepared set of questions, which task 'vqa' reads"):
         evaluate_public(seed, "vqa", data / "coco")
     with pytest.raises(ValueError, match="unknown split of coco 'tests'; nearest: 'test'"):
@@ -253,6 +390,8 @@ def test_what_is_there_decides_the_steps(data, beit, tokenizer, pretrained):
     (told,) = look(made, data=data / "coco", start=beit).missing
     assert "holds a model of type 'beit'; convert it" in told
     outlook = look(made, data=data / "coco", start=pretrained[0] / "seed" / "model")
+    of_images = look(recipe("nlvr2-384", inputs__sample="image"), data=data, start=pretrained[0] / "seed" / "model")
+    assert of_images.samples["nlvr2"]["train"] == find_set(data, "nlvr2")[1].splits["train"].num_samples
     captions = find_set(data, "coco")[1].splits["train"].num_samples
     assert outlook.samples["coco"]["train"] == captions
     assert outlook.recipe.training.num_steps == outlook.estimate.num_steps == 5 * captions // 4
@@ -277,10 +416,16 @@ def test_a_split_that_is_not_prepared_is_told(data, tmp_path):
     shutil.copytree(data / "nlvr2", tmp_path / "nlvr2")
     path = tmp_path / "nlvr2" / "prepared.json"
     content = json.loads(path.read_text())
-    del content["splits"]["dev"]
+    dev = content["splits"].pop("dev")
     path.write_text(json.dumps(content))
     (told, *_) = look(recipe("nlvr2-384"), data=tmp_path, start=tmp_path).missing
     assert "split dev of nlvr2: only train, test1" in told and "modalmerge data prepare nlvr2" in told
+    content["splits"] = {"train": content["splits"]["train"], "dev": dev}
+    path.write_text(json.dumps(content))
+    assert not any("nlvr2" in item for item in look(recipe("nlvr2-384"), data=tmp_path, start=tmp_path).missing)
+    study = dataclasses.replace(paper(), tasks=("nlvr2-384",))
+    _, missing = look_at_paper(study, tmp_path / "run", data=tmp_path, init=None, tokenizer=None)
+    assert any(item.startswith("split test1 of nlvr2: only train, dev are there") for item in missing)
 
 
 # -- the commands ---------------------------------------------------------------------------------------------------
@@ -324,6 +469,9 @@ def test_the_commands_take_recipes(pretrained, data, beit, tokenizer, tmp_path, 
         ("pretrain seeed -o x", "unknown preset 'seeed'; nearest: 'seed'"),
         ("pretrain seed -o x --set training.rate=1", "unknown setting 'training.rate'"),
         ("study tiny --data x", "--data, --init and --tokenizer are for preset paper"),
+        ("study paper --workers 2", "--workers: preset paper runs one stage at a time"),
+        ("evaluate x --task vqa --data . --config tiny", "--config and --set are for the embedded world"),
+        ("evaluate x --task vqa --data . --set batch=1", "--config and --set are for the embedded world"),
         ("study paper --set recipes.coco-384.training.rate=1", "unknown setting 'recipes.coco-384.training.rate'"),
         ("study paper -o x", "the study cannot start; what is missing:\n  BEiT's weights: give --init FILE"),
     ],
@@ -333,6 +481,12 @@ def test_a_wrong_command_is_told(words, message, capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, *words.split())
     assert code == 1 and message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_shows_the_tasks_that_it_was_asked_for(tmp_path, capsys):
+    words = ("study", "tiny", "-o", tmp_path / "run", "--set", "tasks=vqa,nlvr2", "--budget", "0", "--json")
+    code, out, err = run(capsys, *words)
+    assert code == 0 and "fine-tuned nlvr2" in json.loads(out)["summary"]["columns"], err
 
 
 # -- the whole study ------------------------------------------------------------------------------------------------
@@ -365,22 +519,35 @@ def test_the_study_measures_every_stage(whole):
     assert rows["recipe", "interpolation", "zero-shot", "retrieval", "test"].settings == {"ratio": 0.5}
     sizes = {name: load(folder / "stages" / name / "model")[0].num_parameters() for name in ("agnostic", "experts")}
     assert rows["other", "regmean", "zero-shot", "retrieval", "test"].parameters == sizes["agnostic"] < sizes["experts"]
-    assert json.loads((folder / "submissions" / "agnostic-vqav2-480").read_text())
+    assert json.loads((folder / "submissions" / "agnostic-vqav2-480.json").read_text())
+    for stage in ("experts", "recipe-regmean", "agnostic-vqav2-480"):
+        kept = json.loads((folder / "stages" / stage / "model" / "inputs.json").read_text())
+        assert kept["max_text_length"] == 12, stage
 
 
 def test_the_study_goes_on_where_it_stopped(whole, monkeypatch):
     study, folder, settings, (cells, _, planned) = whole
     monkeypatch.setattr(public, "pretrain", None)
     monkeypatch.setattr(public, "finetune", None)
-    assert run_paper(study, folder, **settings) == (cells, planned, planned)
+    (folder / "measured" / "agnostic-vqav2-480.json").unlink()  # as if killed between a submission and its cells
+    told = {name: dataclasses.replace(made, source="other words") for name, made in study.recipes.items()}
+    assert run_paper(dataclasses.replace(study, recipes=told), folder, **settings) == (cells, planned, planned)
     assert run_paper(study, folder, budget_minutes=0, **settings)[1] == 0
     other = dataclasses.replace(study, statistics_pairs=5)
     with pytest.raises(ValueError, match="holds a study with other settings"):
         run_paper(other, folder, **settings)
 
 
-def test_the_study_is_reported(whole, tmp_path, capsys):
-    code, _, err = run(capsys, "report", whole[1], "-o", tmp_path / "report.html")
+def test_the_study_is_reported(whole, tmp_path, capsys, monkeypatch):
+    study, folder, _, outcome = whole
+    monkeypatch.setattr(studied, "run_paper", lambda *_, **__: outcome)
+    monkeypatch.setattr(studied, "load_paper", lambda changes: study)
+    code, out, err = run(capsys, "study", "paper", "-o", folder)
+    assert code == 0 and "regmean" in out.lower() and "page in" in out and (folder / "report.html").exists(), err
+    code, out, _ = run(capsys, "study", "paper", "-o", folder, "--json")
+    shown = json.loads(out)
+    assert shown["report"] == str(folder / "report.html") and shown["summary"]["num_cells"] == len(outcome[0])
+    code, _, err = run(capsys, "report", folder, "-o", tmp_path / "report.html")
     assert code == 0, err
     assert "regmean" in (tmp_path / "report.html").read_text()
 

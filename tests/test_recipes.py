@@ -43,8 +43,8 @@ OTHER = {
     "vqav2-480": {"head_rate_factor": 10.0, "drop_path": 0.15},
     "imagenet-224": {"weight_decay": 0.05},
     "imagenet-384": {"head_rate_factor": 10.0},
-    "ade20k-512": {"weight_decay": 0.05, "betas": (0.9, 0.999), "layer_decay": 0.65},
-    "ade20k-640": {"weight_decay": 0.05, "betas": (0.9, 0.999), "layer_decay": 0.9},
+    "ade20k-512": {"weight_decay": 0.05, "decay_vectors": False, "betas": (0.9, 0.999), "layer_decay": 0.65},
+    "ade20k-640": {"weight_decay": 0.05, "decay_vectors": False, "betas": (0.9, 0.999), "layer_decay": 0.9},
 }
 
 
@@ -64,7 +64,9 @@ def test_a_recipe_has_the_values_of_its_source(name):
     assert (training.warmup_steps or training.warmup_fraction) == warmup
     assert (recipe.epochs or training.num_steps) == length
     assert (training.random_seed, training.precision, training.clip_norm) == (1, "16-mixed", 0)
-    common = {"betas": (0.9, 0.98), "weight_decay": 0.01, "layer_decay": 1.0, "head_rate_factor": 1.0, "drop_path": 0.1}
+    assert training.num_workers == 8
+    common = {"betas": (0.9, 0.98), "weight_decay": 0.01, "decay_vectors": True, "layer_decay": 1.0,
+              "head_rate_factor": 1.0, "drop_path": 0.1}  # fmt: skip
     for key, value in {**common, **OTHER.get(name, {})}.items():
         found = recipe.config(30522).drop_path if key == "drop_path" else getattr(training, key)
         assert found == value, key
@@ -352,6 +354,11 @@ def test_an_estimate_adds_up():
     whole = dataclasses.replace(training, micro_batch_size=0)
     (note,) = estimate(config, "retrieval", whole, Device()).notes
     assert "do not fit in the 80 GB of A100 (80 GB); set a smaller training.micro_batch_size, now 640" in note
+    assert found.samples_per_second == pytest.approx(640 * training.num_steps / (found.hours * 3600))
+    (slow,) = estimate(config, "retrieval", dataclasses.replace(training, num_workers=1), Device(utilisation=0.5)).notes
+    needed = found.samples_per_second
+    assert f"the hours need {needed:,.0f} images a second; one process makes about 140 to 275" in slow
+    assert f"set training.num_workers to {-(-needed // 140):.0f}, now 1" in slow
     # an image at base size and 224 pixels is known to take about 17.6 thousand million multiplications
     image = dataclasses.replace(RECIPES["imagenet-224"](), model={}).config(30522)
     assert forward_operations(image, "classification") / 2e9 == pytest.approx(17.6, rel=0.02)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from modalmerge.data.scene_text import NUM_QUESTIONS
 from modalmerge.data.text import CLS, SEP
+from modalmerge.data.views import Changed
 from modalmerge.evaluate import evaluate, hide
-from modalmerge.model import HEADS, expert_map, load, to_authors
+from modalmerge.model import HEADS, ModalMergeModel, expert_map, load, modeling, size_config, to_authors
 from modalmerge.tasks import TASKS, classification, metrics, nlvr2, retrieval, vqa
 from modalmerge.train.stages import save, start_experts, with_task_head
 
@@ -155,6 +157,35 @@ def test_questions_together_are_answered_as_one_by_one(early_attention, architec
         assert torch.allclose(together[number], whole.logits[0], atol=1e-5)
 
 
+@EARLY
+def test_pairs_go_on_in_parts_where_masks_are_large(early_attention, monkeypatch):
+    """Each image once, the questions five at a time; in training all at once."""
+    model = micro.task_model(architecture="specific", early_attention=early_attention)
+    batch, states, fused, alone = micro.data("vqa", 6).batch(torch.arange(6)), model.fuse, [], []
+    whole, before = vqa.answer_logits(model, batch), model.before_fusion
+    monkeypatch.setattr(
+        model, "fuse", lambda text, image, **how: fused.append(len(text.hidden)) or states(text, image, **how)
+    )
+    monkeypatch.setattr(model, "before_fusion", lambda prefix: alone.append(len(prefix.hidden)) or before(prefix))
+    monkeypatch.setattr(modeling, "MASK_NUMBERS", 2 * 5 * (batch["input_ids"].shape[1] + 5) ** 2)
+    assert torch.allclose(vqa.answer_logits(model, batch), whole, atol=1e-5)
+    assert fused == [5, 5, 2] and alone == ([12, 6] if early_attention == "separate" else [])
+    fused.clear()
+    vqa.loss(model.train(), batch)
+    assert fused == [12]
+
+
+def test_masks_of_large_images_stay_small_and_the_embedded_world_is_read_at_once():
+    with torch.device("meta"):
+        base = ModalMergeModel(size_config("base", image_size=480))
+        nano = ModalMergeModel(size_config("nano", image_size=72, max_text_length=24))
+    tokens = 40 + base.config.num_image_tokens
+    assert 4 * base.pairs_at_once(tokens) * 12 * tokens**2 < 1.1e9 and base.pairs_at_once(tokens) > 16
+    assert base.pairs_at_once(10**6) == 1
+    questions, pairs, captions = vqa.EVALUATION_BATCH * NUM_QUESTIONS, 2 * nlvr2.EVALUATION_BATCH, 5 * 100
+    assert nano.pairs_at_once(24 + nano.config.num_image_tokens) >= max(questions, pairs, captions)
+
+
 def test_each_question_looks_at_its_own_image():
     model, data = micro.task_model(), micro.data("vqa", 4)
     before = vqa.answer_logits(model, data.batch(torch.arange(4)))
@@ -253,6 +284,33 @@ def test_a_class_may_be_among_the_first_five(monkeypatch):
     logits = -torch.arange(8.0).expand(8, -1)  # class 0 first, class 7 last
     monkeypatch.setattr(classification, "class_logits", lambda model, batch: logits)
     assert values(evaluate(model, "classification", data)) == {"accuracy": 12.5, "top_5_accuracy": 62.5}
+
+
+# -- devices ------------------------------------------------------------------------------------------------
+
+
+class Narrow(torch.Tensor):
+    """As on a device without float64, such as Apple's: only `cpu` and `tolist` get numbers from there."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        made = super().__torch_function__(function, types, args, kwargs)
+        if isinstance(made, Narrow) and made.dtype == torch.float64:
+            raise TypeError(f"the device has no float64: {function}")
+        return made
+
+
+def narrowed(batch):
+    return {k: v.as_subclass(Narrow) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("name", [*TASKS, "asked"])
+def test_a_device_without_float64_gives_the_same_numbers(name):
+    data = Asked(**vars(micro.data("vqa"))) if name == "asked" else micro.data(name)
+    task, model = TASKS["vqa" if name == "asked" else name], micro.task_model(architecture="specific")
+    assert task.evaluate(model, Changed(data, narrowed)) == task.evaluate(model, data)
 
 
 # -- predictions --------------------------------------------------------------------------------------------

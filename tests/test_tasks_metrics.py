@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from modalmerge.data.transforms import IGNORED_PIXEL
 from modalmerge.records import DIRECTIONS
 from modalmerge.tasks import metrics
-from modalmerge.tasks.metrics import IGNORED, METRICS
+from modalmerge.tasks.metrics import METRICS
 
 torch.set_num_threads(1)
 
@@ -205,7 +206,7 @@ def test_consistency_by_hand():
 def by_numpy(found, masks, num_classes):
     """Intersection over union, accuracy of each class and of the pixels, class by class."""
     found, masks = found.numpy().ravel(), masks.numpy().ravel()
-    found, masks = found[masks != IGNORED], masks[masks != IGNORED]
+    found, masks = found[masks != IGNORED_PIXEL], masks[masks != IGNORED_PIXEL]
     overlaps, accuracies = [], []
     for number in range(num_classes):
         there, said = masks == number, found == number
@@ -226,11 +227,11 @@ def test_segmentation_is_that_of_numpy_and_adds_up_over_batches(random_seed, num
     generator = torch.Generator().manual_seed(random_seed)
     last = int(torch.randint(1, num_classes + 1, (), generator=generator))  # so that classes are missing
     masks, found = (torch.randint(last, (5, 4, 6), generator=generator) for _ in range(2))
-    masks[torch.rand(masks.shape, generator=generator) < 0.3] = IGNORED
+    masks[torch.rand(masks.shape, generator=generator) < 0.3] = IGNORED_PIXEL
     counts = metrics.confusion(found, masks, num_classes)
     parts = sum(metrics.confusion(found[i : i + 2], masks[i : i + 2], num_classes) for i in (0, 2, 4))
     assert torch.equal(counts, parts)
-    expected = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED)(found, masks)
+    expected = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED_PIXEL)(found, masks)
     assert torch.equal(counts[:, :-1], expected) and not counts[:, -1].any()
     results = metrics.segmentation(counts, num_samples=5)
     assert values(results) == pytest.approx(by_numpy(found, masks, num_classes))
@@ -238,7 +239,7 @@ def test_segmentation_is_that_of_numpy_and_adds_up_over_batches(random_seed, num
 
 
 def test_segmentation_by_hand():
-    masks = torch.tensor([[0, 0, 1, IGNORED], [0, 0, 1, 1]])
+    masks = torch.tensor([[0, 0, 1, IGNORED_PIXEL], [0, 0, 1, 1]])
     found = torch.tensor([[0, 0, 1, 2], [0, 1, 1, 4]])  # 4: no class, of four
     results = values(metrics.segmentation(metrics.confusion(found, masks, 4), num_samples=1))
     # 0: 3 of 4 found, nothing else -> 3/4; 1: 2 of 3, one wrong -> 2/4; 2 is said where nothing is asked; 3 never
@@ -248,7 +249,7 @@ def test_segmentation_by_hand():
 
 
 def test_a_split_without_a_class_has_no_iou():
-    nothing = metrics.confusion(torch.zeros(4, dtype=torch.long), torch.full((4,), IGNORED), 3)
+    nothing = metrics.confusion(torch.zeros(4, dtype=torch.long), torch.full((4,), IGNORED_PIXEL), 3)
     with pytest.raises(ValueError, match="no pixel of the split has a class"):
         metrics.segmentation(nothing, num_samples=4)
 

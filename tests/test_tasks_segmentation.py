@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional
 from transformers import BeitConfig, BeitForSemanticSegmentation
 
-from modalmerge.evaluate import evaluate
+from modalmerge.data.loading import Masks
+from modalmerge.data.transforms import IGNORED_PIXEL
+from modalmerge.evaluate import evaluate, hide
 from modalmerge.model import change_config, size_config
 from modalmerge.tasks import metrics, segmentation
-from modalmerge.tasks.metrics import IGNORED
 from modalmerge.tasks.segmentation import image_logits, label_maps, layer_states, pixel_loss, window_logits
 
 torch.set_num_threads(1)
@@ -120,10 +121,10 @@ def test_the_pyramid_has_strides_of_a_quarter_to_two_patches(model, batch):
 
 def test_pixel_loss_by_hand():
     logits, masks = drawn(2, 3, 4, 4), torch.randint(3, (2, 4, 4), generator=torch.Generator().manual_seed(0))
-    masks[0, 0] = IGNORED
+    masks[0, 0] = IGNORED_PIXEL
     total, count = 0.0, 0
     for sample, row, column in np.ndindex(2, 4, 4):
-        if masks[sample, row, column] != IGNORED:
+        if masks[sample, row, column] != IGNORED_PIXEL:
             total -= logits[sample, :, row, column].log_softmax(0)[masks[sample, row, column]].item()
             count += 1
     assert count == 28
@@ -132,7 +133,7 @@ def test_pixel_loss_by_hand():
 
 def test_a_batch_without_a_class_costs_nothing():
     logits = drawn(2, 3, 4, 4).requires_grad_()
-    loss = pixel_loss(logits, torch.full((2, 8, 8), IGNORED))
+    loss = pixel_loss(logits, torch.full((2, 8, 8), IGNORED_PIXEL))
     loss.backward()
     assert loss.item() == 0 and not logits.grad.any()
 
@@ -142,7 +143,7 @@ def test_the_auxiliary_head_counts_for_two_fifths(model, batch):
     pyramid = head.pyramid(layer_states(model, batch["pixel_values"]))
     main, auxiliary = (
         functional.cross_entropy(
-            functional.interpolate(logits, size=(16, 16), mode="bilinear"), batch["masks"], ignore_index=IGNORED
+            functional.interpolate(logits, size=(16, 16), mode="bilinear"), batch["masks"], ignore_index=IGNORED_PIXEL
         )
         for logits in (head.decoder(pyramid), head.auxiliary(pyramid))
     )
@@ -195,7 +196,7 @@ def test_label_maps_are_the_best_of_resized_scores(at_once, monkeypatch):
 class Pictures:
     """Pictures of several sizes, one a batch in evaluation, masks of sizes of their own."""
 
-    dataset, classes = "pictures", tuple(micro.COLOURS)
+    dataset, classes, evaluation_batch = "pictures", tuple(micro.COLOURS), 1
     sizes = (((16, 24), (32, 48)), ((20, 16), (5, 4)), ((12, 16), (12, 16)))
 
     def __len__(self):
@@ -212,7 +213,7 @@ class Pictures:
         image, mask = self.sizes[sample]
         generator = torch.Generator().manual_seed(sample)
         masks = torch.randint(4, (1, *mask), generator=generator)
-        masks[:, 0] = IGNORED
+        masks[:, 0] = IGNORED_PIXEL
         return {
             "pixel_values": torch.randn(1, 3, *image, generator=generator),
             "masks": masks,
@@ -220,8 +221,20 @@ class Pictures:
         }
 
 
-def test_a_split_of_pictures_of_several_sizes_is_measured_at_their_own_sizes(model, monkeypatch):
-    monkeypatch.setattr(segmentation, "EVALUATION_BATCH", 1)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_split_says_how_many_pictures_are_read_at_once(model, monkeypatch, hidden):
+    """Also where it is changed on its way: one by one where sizes differ, else many."""
+    read = []
+    for data in (Pictures(), micro.data("segmentation", 40)):
+        own = data.batch
+        monkeypatch.setattr(
+            type(data), "batch", lambda self, samples, own=own: read.append(len(samples)) or own(samples)
+        )
+        evaluate(model, "segmentation", hide(data, "vision") if hidden else data)
+    assert read == [1, 1, 1, 32, 8] and Masks.evaluation_batch == 1
+
+
+def test_a_split_of_pictures_of_several_sizes_is_measured_at_their_own_sizes(model):
     counts, data = torch.zeros(4, 4, dtype=torch.long), Pictures()
     with torch.inference_mode():
         for sample in range(3):

@@ -17,6 +17,7 @@ from torch import nn
 
 from modalmerge.data.batches import step_generator, step_samples
 from modalmerge.model import ARCHITECTURES, load
+from modalmerge.study.recipes import RECIPES
 from modalmerge.train import loop, stages
 from modalmerge.train.loop import CLASSIFIERS, TrainSettings, parameter_groups, plain_report, rate_factor, train
 from modalmerge.train.objectives import draw_negatives, hidden_positions, matching_loss
@@ -152,6 +153,23 @@ def test_norms_of_modalities_do_not_decay():
     }  # fmt: skip
     assert {"layers.1.norm1.joint.weight", "layers.0.norm2.text.weight", "layers.0.attention.vision.q_bias"} <= still
     assert "layers.1.attention_scale" not in still and "image_embeddings.cls_token" not in still
+
+
+def test_without_decay_of_vectors_it_is_beits():
+    model = micro.task_model(architecture="specific")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def still(**changes):
+        groups = parameter_groups(model, change(weight_decay=0.1, **changes))
+        return {names[id(p)] for group in groups for p in group["params"] if group["weight_decay"] == 0}
+
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    more = still(decay_vectors=False) - still()
+    assert still(decay_vectors=False) == vectors | {"image_embeddings.cls_token", "position_bias_table"}
+    scales = {f"layers.{layer}.{part}_scale" for layer in (0, 1) for part in ("attention", "ffn")}
+    assert more == scales | {"image_embeddings.cls_token"}
+    segmentation = {name for name, recipe in RECIPES.items() if not recipe().training.decay_vectors}
+    assert segmentation == {"ade20k-512", "ade20k-640"}
 
 
 class Line(nn.Module):

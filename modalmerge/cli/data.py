@@ -12,7 +12,7 @@ from modalmerge.registry import find
 if TYPE_CHECKING:
     from modalmerge.data.prepare.engine import Progress
 
-MOST_TOLD = 20  # problems, on a terminal; all of them are in the JSON
+MOST_TOLD = 20  # problems, on a terminal
 
 data_app = typer.Typer(help="Prepare, check and look at data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
@@ -28,21 +28,25 @@ def data_prepare(
     splits: Annotated[str, typer.Option(help="Splits, by commas; all that there are files of by default.")] = "",
     form: Annotated[str, typer.Option(help="official, webdataset or authors; found out by default.")] = "",
     workers: Workers = 2,
-    again: Annotated[bool, typer.Option("--again", help="Try once more what was left out.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Try once more what was left out, and make anew what differs by now.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert the official files of a public set; the same command goes on where it stopped.
 
-    Images that are missing or broken are listed and left out, and numbers that differ from the known ones are told.
+    Images that are missing or broken are listed and left out, and numbers that differ from the known ones are told;
+    exit 1 where a split ends empty.
     """
     quieten()
     from modalmerge.data.prepare import prepare
+    from modalmerge.data.prepare.manifest import ALL_PROBLEMS, LISTED_PROBLEMS
 
     prepared = prepare(
         name,
         root,
         output,
-        splits=[split for split in splits.split(",") if split],
+        splits=[split.strip() for split in splits.split(",") if split.strip()],
         form=form,
         num_workers=workers,
         again=again,
@@ -55,16 +59,22 @@ def data_prepare(
                 "splits": {split: entry.num_samples for split, entry in prepared.splits.items()},
                 "rows": {split: entry.num_rows for split, entry in prepared.splits.items()},
                 "problems": [problem.to_json() for problem in prepared.problems],
+                "num_problems": prepared.num_problems,
                 "notes": [note.to_json() for note in prepared.notes],
                 "output": str(output),
             }
         )
-        return
-    for split, entry in prepared.splits.items():
-        print(f"{split:14} {entry.num_rows:>9,} rows {entry.num_samples:>10,} samples")
-    _tell("note", prepared.notes)
-    _tell("problem", prepared.problems)
-    print(f"{name} in {output}")
+    else:
+        for split, entry in prepared.splits.items():
+            print(f"{split:14} {entry.num_rows:>9,} rows {entry.num_samples:>10,} samples")
+        _tell("note", prepared.notes, len(prepared.notes), "--json lists them all")
+        long = [split for split, entry in prepared.splits.items() if entry.num_problems > LISTED_PROBLEMS]
+        lists = " and ".join(str(output / split / ALL_PROBLEMS) for split in long)
+        where = f"{lists} list those of {', '.join(long)}" if long else "--json lists them all"
+        _tell("problem", prepared.problems, prepared.num_problems, where)
+        print(f"{name} in {output}")
+    if not all(entry.num_rows for entry in prepared.splits.values()):
+        raise typer.Exit(1)
 
 
 @data_app.command("check", epilog="Example: modalmerge data check data/coco")
@@ -88,9 +98,9 @@ def data_check(
     if as_json:
         splits = {split: entry.num_samples for split, entry in prepared.splits.items()}
         shown = {"name": prepared.name, "splits": splits, "problems": [problem.to_json() for problem in problems]}
-        print_json({**shown, "left_out": len(prepared.problems)})
+        print_json({**shown, "left_out": prepared.num_problems})
     else:
-        _tell("problem", problems)
+        _tell("problem", problems, len(problems), "--json lists them all")
         if not problems:
             print(f"{prepared.name} in {folder} is whole: {', '.join(prepared.splits)}")
     if problems:
@@ -129,12 +139,12 @@ def _progress(name: str) -> "Progress":
     return lambda split: reporter(f"{name} {split}", lambda done, total: f"{done:,} of {total:,}", count_columns)
 
 
-def _tell(what: str, problems: Sequence[Any]) -> None:
-    """Print the first of some problems or notes."""
-    if not problems:
+def _tell(what: str, problems: Sequence[Any], num: int, where: str) -> None:
+    """Print the first of some problems or notes, of which there are `num`, and where all of them are."""
+    if not num:
         return
-    print(f"{len(problems)} {what}{'s' if len(problems) > 1 else ''}:")
+    print(f"{num:,} {what}{'s' if num > 1 else ''}:")
     for problem in problems[:MOST_TOLD]:
         print(f"  {problem}")
-    if len(problems) > MOST_TOLD:
-        print(f"  and {len(problems) - MOST_TOLD} more; --json lists them all")
+    if num > MOST_TOLD:
+        print(f"  and {num - MOST_TOLD:,} more; {where}")

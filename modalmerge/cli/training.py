@@ -28,7 +28,7 @@ def study(
         Path | None, typer.Option("-o", "--output", help="Folder of the run; runs/PRESET by default.")
     ] = None,
     changes: Changes = None,
-    workers: Annotated[int, typer.Option(help="Processes at a time, one thread each.")] = 2,
+    workers: Annotated[int | None, typer.Option(help="Processes at a time, one thread each; 2 by default.")] = None,
     budget: Annotated[float | None, typer.Option(help="Start nothing new after so many minutes.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of prepared public sets, for preset paper.")] = None,
     init: Init = None,
@@ -42,6 +42,10 @@ def study(
     (architectures, seed_fractions, rate_factors) with --set.
     """
     if preset == "paper":
+        if workers is not None:
+            raise ValueError(
+                "--workers: preset paper runs one stage at a time; set those that load data in its recipes"
+            )
         _study_paper(output or Path("runs/paper"), changes, budget, data, init, tokenizer, dry_run, as_json)
         return
     if data or init or tokenizer:
@@ -59,12 +63,11 @@ def study(
         shown = {"preset": to_dict(resolved), "jobs": jobs, "output": str(run)}
         print_json(shown) if as_json else print_yaml(shown)
         return
-    from rich.console import Console
-
-    from modalmerge.report import summarise, table, write_report
+    from modalmerge.report import summarise
     from modalmerge.study.driver import run_study
 
-    outcome = run_study(resolved, run, command=command_line(), workers=workers, budget_minutes=budget)
+    num_workers = 2 if workers is None else workers
+    outcome = run_study(resolved, run, command=command_line(), workers=num_workers, budget_minutes=budget)
     summary = summarise(
         outcome.cells,
         random_seeds=resolved.random_seeds,
@@ -72,27 +75,38 @@ def study(
         repairs=resolved.repairs,
         keep_fractions=resolved.keep_fractions,
         expert_sets=[expert_set.name for expert_set in resolved.expert_sets],
+        tasks=resolved.tasks,
     )
+    done = (outcome.num_finished, outcome.num_jobs)
+    _answer_study(run, to_dict(resolved), summary, *done, as_json, seconds=round(outcome.seconds, 1))
+
+
+def _answer_study(
+    run: Path, preset: dict[str, Any], summary: Any, num_finished: int, num_jobs: int, as_json: bool, **further: Any
+) -> None:
+    """Write the page of a study, and show what it found."""
+    from rich.console import Console
+
+    from modalmerge.report import table, write_report
+
     report_path = run / "report.html"
     write_report(run, report_path)
     if as_json:
         print_json(
             {
-                "preset": to_dict(resolved),
-                "cells": len(outcome.cells),
+                "preset": preset,
+                "cells": summary.num_cells,
                 "summary": dataclasses.asdict(summary),
-                "jobs": {"finished": outcome.num_finished, "of": outcome.num_jobs},
-                "seconds": round(outcome.seconds, 1),
+                "jobs": {"finished": num_finished, "of": num_jobs},
                 "report": str(report_path),
+                **further,
             }
         )
         return
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table(summary))
-    if outcome.num_finished < outcome.num_jobs:
-        left = outcome.num_jobs - outcome.num_finished
-        print(f"{left} of {outcome.num_jobs} jobs are left; the same command goes on with them")
-    print(f"{len(outcome.cells)} cells in {run / 'cells.jsonl'}, page in {report_path}")
+    Console(width=None if sys.stdout.isatty() else 110).print(table(summary))
+    if num_finished < num_jobs:
+        print(f"{num_jobs - num_finished} of {num_jobs} jobs are left; the same command goes on with them")
+    print(f"{summary.num_cells} cells in {run / 'cells.jsonl'}, page in {report_path}")
 
 
 def _study_paper(
@@ -106,6 +120,7 @@ def _study_paper(
     as_json: bool,
 ) -> None:
     quieten()
+    from modalmerge.report import summarise
     from modalmerge.study.paper import load_paper, look_at_paper, paper_values, run_paper
 
     paper = load_paper(_pairs(changes))
@@ -123,11 +138,8 @@ def _study_paper(
         budget_minutes=budget,
         **stage_progress(run.name),
     )
-    jobs = {"finished": finished, "of": planned}
-    summary = {f"{cell.id.split('/', 2)[2]}": cell.value for cell in cells}
-    shown = {"preset": paper_values(paper), "cells": len(cells), "summary": summary, "jobs": jobs}
-    left = f"; {planned - finished} of {planned} stages are left" if finished < planned else ""
-    answer(as_json, shown, f"{len(cells)} cells in {run / 'cells.jsonl'}{left}")
+    summary = summarise(cells, random_seeds=(paper.random_seed,), methods=paper.further_methods)
+    _answer_study(run, paper_values(paper), summary, finished, planned, as_json)
 
 
 @app.command(epilog="Example: modalmerge report runs/tiny -o report.html")
@@ -236,10 +248,11 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Part of the data: validation or test; public sets: the reported one by default.")
     ] = None,
-    config: Annotated[str, typer.Option(help="Preset that says which scenes.")] = "tiny",
+    config: Annotated[str | None, typer.Option(help="Preset that says which scenes; tiny by default.")] = None,
     tokenizer: Tokenizer = None,
     submission: Annotated[
-        Path | None, typer.Option(help="File to write, as the task's evaluation server takes it; for public sets.")
+        Path | None,
+        typer.Option(help="File of answers to write, for public sets; where labels are known they are measured too."),
     ] = None,
     changes: Changes = None,
     as_json: AsJson = False,
@@ -251,21 +264,30 @@ def evaluate(
         find(dict.fromkeys(EMBEDDED), data, "data set")
         _only_for_recipes(data, submission=submission, tokenizer=tokenizer)
         split = split or "test"
-        results = evaluate_run(resolve_preset(config, changes), model, task, split, dataset=data)
+        results = evaluate_run(resolve_preset(config or "tiny", changes), model, task, split, dataset=data)
     else:
+        if config or changes:
+            raise ValueError(f"--config and --set are for the embedded world; {data} is read as the model was trained")
         quieten()
-        from modalmerge.study.public import evaluate_public
+        from modalmerge.study.public import evaluate_public, num_left_out
 
+        folder = Path(data)
         data, split, results = evaluate_public(
-            model, task, Path(data), split=split, tokenizer=tokenizer, submission=submission
+            model, task, folder, split=split, tokenizer=tokenizer, submission=submission
         )
+        left_out = num_left_out(folder, task, split) if submission is not None else 0
     metrics = {result.metric: result.value for result in results}
     num_samples = results[0].num_samples if results else 0
     shown = {"task": task, "data": data, "split": split, "metrics": metrics, "num_samples": num_samples}
     lines = [f"{r.metric:18} {r.value:7.2f} {r.unit}" for r in results]
     if submission is not None:
-        shown["submission"] = str(submission)
+        shown |= {"submission": str(submission), "left_out": left_out}
         lines.append(f"answers for {data}, split {split}, in {submission}")
+        if left_out:
+            told = (
+                f"{left_out} samples of {split} were left out when {data} was prepared; the file has no answer for them"
+            )
+            print(f"warning: {told}", file=sys.stderr)
     answer(as_json, shown, "\n".join(lines))
 
 

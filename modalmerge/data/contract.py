@@ -15,6 +15,9 @@ A batch maps names to tensors, and to lists where there is text for people. B sa
     classification  pixel_values [B, 3, S, S]; labels [B]; image_ids, a list of B.
 
 Ids, masks, owners and labels are int64, pixel values and targets float32.
+
+A split whose samples do not fit together in evaluation, such as images of different sizes, says by an attribute
+`evaluation_batch` how many of them `batch` takes at most.
 """
 
 from collections.abc import Iterator
@@ -52,6 +55,11 @@ class TaskData(Protocol):
         """Count the texts of each sample: captions, questions or statements; 0 where the task has none."""
 
 
+def evaluation_limit(data: TaskData) -> int | None:
+    """Return how many samples `data.batch` takes at most, its `evaluation_batch`; None: any number."""
+    return getattr(data, "evaluation_batch", None)
+
+
 def evaluation_batches(data: TaskData, batch_size: int) -> Iterator[Batch]:
-    """Go once through a split, in order, at most `batch_size` samples at a time."""
-    return map(data.batch, torch.arange(len(data)).split(batch_size))
+    """Go once through a split, in order, at most `batch_size` samples at a time, and no more than it allows."""
+    return map(data.batch, torch.arange(len(data)).split(min(batch_size, evaluation_limit(data) or batch_size)))

@@ -1,4 +1,4 @@
-"""Prepared public sets as tasks read them; images are decoded when a batch is asked for.
+"""Public sets, prepared or in shards, as tasks read them; images are decoded when a batch is asked for.
 
 What `load_public` returns is light and can be pickled. A batch depends on its samples and its generator alone: the
 generator gives every sample a seed first, and whatever is drawn for a sample is drawn from that.
@@ -7,7 +7,7 @@ generator gives every sample a seed first, and whatever is drawn for a sample is
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from modalmerge.data.answers import soft_targets
 from modalmerge.data.augment import below
 from modalmerge.data.contract import Batch, TaskData
 from modalmerge.data.prepare.kinds import NUM_MASK_CLASSES
-from modalmerge.data.prepare.manifest import read_manifest
-from modalmerge.data.source import ArrowFile, Rows, Source, Texts, with_generators
+from modalmerge.data.source import Part, Rows, Source, Texts, with_generators
+from modalmerge.data.streaming import ShardSplit, open_set
+from modalmerge.data.text import SPECIALS
 from modalmerge.data.transforms import InputSettings, evaluation_picture, pad, shift_classes, training_picture
 from modalmerge.registry import find
 
 PAIRS = InputSettings(sample="text")
+SAVED = ("tokenizer.json", "tokenizer_config.json")  # what `save_pretrained` leaves
 NEEDED_TOKENS = ("pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
 
@@ -33,8 +35,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer such as BERT's.
 
     Args:
-        source: a folder with `tokenizer.json` (as `save_pretrained` writes it) or BERT's `vocab.txt`, that file, or the
-            name of one on the hub, such as `bert-base-uncased`; without a network it is taken from the local cache.
+        source: a folder that `save_pretrained` wrote, one with BERT's `vocab.txt` alone or that file (it is then read
+            as `bert-base-uncased` is, in lower case), or the name of one on the hub, such as `bert-base-uncased`;
+            without a network it is taken from the local cache.
 
     Raises:
         ValueError: there is none, or it lacks a token for padding, the beginning, the end or hidden words.
@@ -42,7 +45,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     path = Path(source)
     vocabulary = path / "vocab.txt" if path.is_dir() else path
     try:
-        if vocabulary.is_file() and not (path / "tokenizer.json").is_file():
+        if vocabulary.is_file() and not any((path / name).is_file() for name in SAVED):
+            words = vocabulary.read_text(encoding="utf-8").splitlines()
+            if lacking := [special for special in SPECIALS if special not in words]:
+                raise ValueError(f"{vocabulary} is no vocabulary of BERT's, it lacks {', '.join(lacking)}")
             tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab=str(vocabulary))
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=path.exists())
@@ -132,10 +138,10 @@ class Questions:
         asked = []
         for sample, own in with_generators(samples, generator):
             number, row, texts = _open(self.source, self.texts, sample, "questions")
-            pairs = [(text, self._targets(row, text)) for text in texts]
+            pairs = [(text, self._targets(number, row, text)) for text in texts]
             known = [(text, target) for text, target in pairs if target is not None]
             if len(known) < len(pairs):
-                place, _ = self.source.rows.where(number)
+                place = self.source.rows.where(number)
                 raise ValueError(f"{place}: the questions have no answers; train on a split that has, such as train")
             asked.append((number, row, own, known))
         answerable = any(target.any() for *_, known in asked for _, target in known)
@@ -168,7 +174,7 @@ class Questions:
                 questions.append(row["questions"][text])
                 owner.append(place)
                 ids.append(row["question_ids"][text])
-                targets.append(self._targets(row, text))
+                targets.append(self._targets(number, row, text))
                 human.append(row["answers"][text] if row.get("answers") else [])
         batch = {
             "pixel_values": self.source.pixel_values(images),
@@ -183,11 +189,15 @@ class Questions:
                 batch["human_answers"] = human
         return batch
 
-    def _targets(self, row: Mapping[str, Any], text: int) -> Tensor | None:
+    def _targets(self, number: int, row: Mapping[str, Any], text: int) -> Tensor | None:
         """Return the soft score of every class for one question; None where no answers are given."""
         if row.get("answer_labels"):
             targets = torch.zeros(len(self.classes))
-            for label, score in zip(row["answer_labels"][text], row["answer_scores"][text], strict=True):
+            labels, scores = row["answer_labels"][text], row["answer_scores"][text]
+            if len(labels) != len(scores):
+                what = f"question {row['question_ids'][text]} has {len(labels)} answer_labels, {len(scores)} scores"
+                raise self.source.rows.unusable(number, row, what)
+            for label, score in zip(labels, scores, strict=True):
                 if self.stored[label] in self.numbers:
                     targets[self.numbers[self.stored[label]]] = score
             return targets
@@ -252,6 +262,7 @@ class Masks:
     source: Source
     dataset: str
     classes: tuple[str, ...]
+    evaluation_batch: ClassVar[int] = 1  # whole images differ in size
 
     def __len__(self) -> int:
         return len(self.source.rows)
@@ -293,11 +304,11 @@ class Masks:
         mask = np.asarray(self.source.decode(number, row, "mask"))
         if mask.dtype != np.uint8 or mask.shape != (image.height, image.width):
             found = f"mask: must be {image.width} x {image.height} of 8 bits, got {mask.dtype} of shape {mask.shape}"
-            raise self.source.unusable(number, row, found)
+            raise self.source.rows.unusable(number, row, found)
         try:
             return row, image, shift_classes(mask, NUM_MASK_CLASSES)
         except ValueError as error:
-            raise self.source.unusable(number, row, str(error)) from None
+            raise self.source.rows.unusable(number, row, str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,11 +417,11 @@ def load_public(
     settings: InputSettings,
     classes: tuple[str, ...] = (),
 ) -> TaskData:
-    """Open splits of a prepared public set as a task reads them.
+    """Open splits of a public set as a task reads them.
 
     Args:
         task: a key of `TASK_KINDS`.
-        folder: what `modalmerge data prepare` wrote.
+        folder: what `modalmerge data prepare` wrote, or shards; see `open_shards`.
         splits: one behind the other, such as train and restval of coco.
         tokenizer: for texts; see `load_tokenizer`.
         max_text_length: most tokens of a text, [CLS] and [SEP] included; 40 in the source.
@@ -423,7 +434,7 @@ def load_public(
         Data that `train_batch` crops, mirrors and changes, and `batch` does not.
 
     Raises:
-        ValueError: an unknown task or split; a set of another kind, or not prepared; other classes; and, when a batch
+        ValueError: an unknown task or split; a set of another kind, or none; other classes; and, when a batch
             is made, an image that is broken: it is named and not replaced.
     """
     return _load(task, [(folder, splits)], tokenizer, max_text_length, image_size, settings, classes)
@@ -437,7 +448,7 @@ def load_public_mixture(
     image_size: int,
     settings: InputSettings = PAIRS,
 ) -> TaskData:
-    """Open captions of several prepared sets, one behind the other, for pre-training.
+    """Open captions of several sets, one behind the other, for pre-training.
 
     A sample is a caption with its image, as in the source, so that a set weighs as much as it has captions; with
     `sample` "image" in the settings it is an image with one of its captions, drawn.
@@ -463,24 +474,25 @@ def _load(
     classes: tuple[str, ...],
 ) -> TaskData:
     kind, make = find(TASK_KINDS, task, "task")
-    files: list[ArrowFile] = []
+    found: list[Part] = []
     datasets: list[str] = []
     stored: tuple[str, ...] = ()
     for folder, splits in parts:
-        prepared = read_manifest(folder)
+        prepared = open_set(folder)
         if prepared.kind != kind:
             raise ValueError(
                 f"{folder} holds {prepared.name}, whose rows are {prepared.kind}; the task {task} reads {kind}"
             )
         for split in splits:
-            names = find(prepared.splits, split, f"split of {prepared.name}").files
-            files += [ArrowFile(dataset=prepared.name, folder=folder, split=split, file=name) for name in names]
+            entry = find(prepared.splits, split, f"split of {prepared.name}")
+            shards = entry.shards if isinstance(entry, ShardSplit) else ()
+            found.append(Part(dataset=prepared.name, folder=folder, split=split, files=entry.files, shards=shards))
         datasets.append(prepared.name)
         stored = prepared.classes
-    if not files:
+    if not any(part.files for part in found):
         raise ValueError(f"no split with rows was named for the task {task}; name one, such as train")
     source = Source(
-        rows=Rows(files),
+        rows=Rows(found),
         task=task,
         tokenizer=tokenizer,
         max_text_length=max_text_length,

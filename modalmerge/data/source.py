@@ -1,6 +1,6 @@
-"""Rows of prepared sets, read from memory-mapped Arrow files, and what all tasks make of their images and texts.
+"""Rows of public sets, read from memory-mapped Arrow files, and what all tasks make of their images and texts.
 
-Files are opened where a row is first read: what is pickled is where they are, so every worker process has its own.
+What is pickled is where the files are: a process that gets it opens those that it reads rows of.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,27 +20,38 @@ from transformers import PreTrainedTokenizerBase
 from modalmerge.data.contract import Batch
 from modalmerge.data.prepare.kinds import decode
 from modalmerge.data.prepare.rows import Unusable
+from modalmerge.data.streaming import read_image
 from modalmerge.data.text import encode
 from modalmerge.data.transforms import InputSettings, normalise, square, training_image
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArrowFile:
-    """One file of a prepared set, and what it belongs to."""
+class Part:
+    """One split of one set.
+
+    Args:
+        dataset: name of the set.
+        folder: of the set.
+        split: name of the split.
+        files: its Arrow files, below the folder or absolute.
+        shards: the tars below the folder that images are in, where the files are an index of them; else none.
+    """
 
     dataset: str
     folder: Path
     split: str
-    file: str
+    files: tuple[str, ...]
+    shards: tuple[str, ...] = ()
 
 
 class Rows:
-    """Rows of Arrow files, one behind the other. What is pickled is where they are, not what is in them."""
+    """Rows of the files of some splits, one behind the other."""
 
-    def __init__(self, files: Sequence[ArrowFile]) -> None:
-        self.files = tuple(files)
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self._first_files = np.cumsum([0, *(len(part.files) for part in parts)])  # (part + 1)
         self._tables: dict[int, pa.Table] = {}
-        counts = [len(self._table(number)) for number in range(len(files))]
+        counts = [len(self._table(number)) for number in range(self._first_files[-1])]
         self._ends = np.cumsum(counts, dtype=np.int64)  # (file)
 
     def __len__(self) -> int:
@@ -49,15 +60,21 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}}
 
+    def _part(self, file: int) -> tuple[Part, int]:
+        """Find the part that a file is of, and the part's first file."""
+        number = int(np.searchsorted(self._first_files, file, side="right")) - 1
+        return self.parts[number], int(self._first_files[number])
+
     def _table(self, number: int) -> pa.Table:
         if number not in self._tables:
-            folder = self.files[number].folder
-            path = folder / self.files[number].file
+            part, first = self._part(number)
+            path = part.folder / part.files[number - first]
             try:
                 with pa.memory_map(str(path)) as file:  # its buffers stay mapped as long as the table is there
                     self._tables[number] = pa.ipc.open_stream(file).read_all()
             except (OSError, pa.ArrowInvalid) as error:
-                raise ValueError(f"{path} cannot be read ({error}); run `modalmerge data check {folder}`") from error
+                next_step = "delete it" if part.shards else f"run `modalmerge data check {part.folder}`"
+                raise ValueError(f"{path} cannot be read ({error}); {next_step}") from error
         return self._tables[number]
 
     def _place(self, row: int) -> tuple[int, int]:
@@ -68,22 +85,40 @@ class Rows:
         return int(self._ends[number - 1]) if number else 0
 
     def read(self, row: int) -> dict[str, Any]:
-        """Read one row, by column."""
+        """Read one row, by column.
+
+        Raises:
+            ValueError: its image is in a shard that cannot be read.
+        """
         number, place = self._place(row)
-        return self._table(number).slice(place, 1).to_pylist()[0]
+        values = self._table(number).slice(place, 1).to_pylist()[0]
+        part, _ = self._part(number)
+        if part.shards:
+            try:
+                values["image"] = read_image(part.folder, part.shards, values)
+            except Unusable as error:
+                raise self.unusable(row, values, str(error)) from None
+        return values
 
     def lengths(self, column: str) -> Int[np.ndarray, " row"]:
         """Count the items of a column of lists, row by row, without reading them."""
-        counts = [pc.list_value_length(self._table(number)[column]) for number in range(len(self.files))]
+        counts = [pc.list_value_length(self._table(number)[column]) for number in range(len(self._ends))]
         return np.concatenate([count.to_numpy() for count in counts]).astype(np.int64)
 
-    def where(self, row: int) -> tuple[str, Path]:
-        """Say where a row is, for messages; second: the folder of its set."""
-        file = self.files[self._place(row)[0]]
-        first = next(
-            n for n, other in enumerate(self.files) if (other.folder, other.split) == (file.folder, file.split)
-        )
-        return f"{file.dataset}, split {file.split}, row {row - self._start(first)}", file.folder
+    def where(self, row: int) -> str:
+        """Say where a row is, for messages."""
+        part, first = self._part(self._place(row)[0])
+        return f"{part.dataset}, split {part.split}, row {row - self._start(first)}"
+
+    def unusable(self, number: int, row: Mapping[str, Any], what: str) -> ValueError:
+        """Build the error that says which row cannot be used, why, and what to do."""
+        part, _ = self._part(self._place(number)[0])
+        place, next_step = self.where(number), f"run `modalmerge data check {part.folder}` and prepare the set again"
+        if part.shards:
+            place += f", shard {part.folder / part.shards[row['shard']]}"
+            next_step = "fetch the shard again, or leave broken images out (docs/loading.md, Shards)"
+        name = f"image_id {row['image_id']!r}" if "image_id" in row else f"pair of {row['identifiers'][0]!r}"
+        return ValueError(f"{place}, {name}: {what}; {next_step}")
 
 
 class Texts:
@@ -130,13 +165,7 @@ class Source:
         try:
             return decode(row[column])
         except Unusable as error:
-            raise self.unusable(number, row, f"{column}: {error}") from None
-
-    def unusable(self, number: int, row: Mapping[str, Any], what: str) -> ValueError:
-        """Build the error that says which row cannot be used, why, and what to do."""
-        place, folder = self.rows.where(number)
-        name = f"image_id {row['image_id']!r}" if "image_id" in row else f"pair of {row['identifiers'][0]!r}"
-        return ValueError(f"{place}, {name}: {what}; run `modalmerge data check {folder}` and prepare the set again")
+            raise self.rows.unusable(number, row, f"{column}: {error}") from None
 
     def training(
         self,

@@ -1,177 +1,283 @@
-"""Captions with images from WebDataset shards, without preparing them: for sets that are too large to be written twice.
+"""WebDataset shards that are read where they lie, without preparing: for sets that are too large to be written twice.
 
-A stream is endless. Every epoch has its own order of the shards; some shards at a time are listed, and their samples
-are drawn without replacement. Listing reads headers and texts; an image is read when its turn comes, at its place in
-the tar. So what is shuffled is as much as those shards hold, not what fits in memory, and where a stream stands is
-three numbers: it goes on with the same samples, changed in the same way.
+Once for each split an index is made: the captions of every sample, and in which shard its image is and where. It is an
+Arrow file in the cache folder that is mapped into memory, about 100 bytes for a sample, so that samples are numbered
+and read as those of prepared sets are: batches are functions of their samples, all of a split is shuffled, and a run
+goes on exactly. An image is read when its turn comes, at a scattered place: a disk or a mounted store serves that.
 
-Neither `datasets` nor `webdataset` does that: both fill a buffer of whole samples, and what was in it is lost when a
-stream is resumed (`datasets` says so of `IterableDataset.load_state_dict` after `shuffle`; `webdataset` has no state).
+Neither `datasets` (5.2) nor `webdataset` (1.0) does that: both shuffle a buffer of whole samples, and what was in it is
+lost when a run goes on (`datasets` says so of `IterableDataset.load_state_dict`; `webdataset` has no state).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
-from transformers import PreTrainedTokenizerBase
 
-from modalmerge.data.augment import below
-from modalmerge.data.contract import Batch
-from modalmerge.data.prepare.kinds import decode
-from modalmerge.data.prepare.rows import Problem, Row, Unusable
+from modalmerge.data.datasets import DATASETS
+from modalmerge.data.prepare.engine import Progress, no_progress
+from modalmerge.data.prepare.kinds import KINDS
+from modalmerge.data.prepare.manifest import MANIFEST, Prepared, Split, read_manifest, write_whole
+from modalmerge.data.prepare.processes import workers
+from modalmerge.data.prepare.rows import FilePart, Problem, Row, Unusable
 from modalmerge.data.prepare.webdataset import shard_rows
-from modalmerge.data.text import encode
-from modalmerge.data.transforms import InputSettings, normalise, training_image
 
-SHARDS_AT_ONCE = 4  # of img2dataset: 40,000 samples, a few seconds to list
-LISTED_PROBLEMS = 100  # of those told by name; all are counted
-STATE = ("epoch", "block", "given", "num_broken")
+VERSION = 1  # of what is listed, and how: raise it with every change
+KIND = "captions"
+LISTED_PROBLEMS = 100  # those that are kept by name; all are counted
+WORKER_BYTES = 1 << 30  # of shards: a process takes as long to start as to list these
+COLUMNS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
 
 
-class CaptionStream:
-    """Batches for pre-training from shards of `{key}.jpg`, `.txt` and `.json`, as img2dataset writes them.
-
-    A broken sample (no image, two images, no caption, an image that cannot be decoded) is left out, counted and listed;
-    the next sample follows. That is the one place where a batch does not say which sample is broken by an error: in a
-    download of millions some always are.
+@dataclass(frozen=True, kw_only=True)
+class ShardSplit(Split):
+    """A split that is read from its shards.
 
     Args:
-        shards: tar files, on a disk or a mounted store; their order does not matter.
-        tokenizer: for the captions.
-        max_text_length: most tokens of a caption.
-        image_size: pixels per side.
-        batch_size: samples of a batch.
-        settings: how pictures are changed; of a sample with several captions one is drawn, or the first.
-        random_seed: decides the orders, and what is drawn for every sample.
-        shards_at_once: whose samples are shuffled together.
-        reader, num_readers: which of how many streams this is, one for each process of each device. Shards are dealt
-            out anew in every epoch; what is drawn for a sample does not depend on who reads it.
-
-    Attributes:
-        num_broken: samples that were left out since the stream began.
-        problems: what was wrong with the first hundred of them since it was made.
+        files: its index, an absolute path.
+        shards: the shards below the folder, by their numbers in the index.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Path],
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        max_text_length: int,
-        image_size: int,
-        batch_size: int,
-        settings: InputSettings,
-        random_seed: int = 0,
-        shards_at_once: int = SHARDS_AT_ONCE,
-        reader: int = 0,
-        num_readers: int = 1,
-    ) -> None:
-        self.shards = sorted(shards)
-        missing = [str(shard) for shard in self.shards if not shard.is_file()]
-        if missing:
-            raise ValueError(f"{len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}")
-        if not 0 <= reader < num_readers <= len(shards):
-            raise ValueError(
-                f"reader {reader} of {num_readers} cannot have a part of {len(shards)} shards; give each reader one at "
-                "least, and number readers from 0"
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What stands beside an index and says that it is whole.
+
+    Args:
+        num_bytes: size of the index.
+        num_rows: images.
+        num_samples: captions.
+        num_problems: samples that were left out, and captions.
+        problems: the first of them.
+    """
+
+    num_bytes: int
+    num_rows: int
+    num_samples: int
+    num_problems: int
+    problems: Sequence[dict[str, str]]
+
+
+def open_set(folder: Path, *, num_workers: int = 1, progress: Progress = no_progress) -> Prepared:
+    """Open a set that is prepared, or one that is read from its shards; for those are the settings of `open_shards`.
+
+    Raises:
+        ValueError: the folder holds neither; see `read_manifest` and `open_shards`.
+    """
+    if (folder / MANIFEST).is_file() or not [*folder.glob("*.tar"), *folder.glob("*/*.tar")]:
+        return read_manifest(folder)
+    return open_shards(folder, num_workers=num_workers, progress=progress)
+
+
+def set_in_shards(folder: Path) -> str:
+    """Name the set whose shards a folder holds, by the folder's own name; "" where there are none of it."""
+    name = os.path.basename(os.path.abspath(folder))  # not resolved: a link may give shards the name of their set
+    return name if name in DATASETS and DATASETS[name].kind == KIND and _shards(folder, name) else ""
+
+
+def open_shards(
+    folder: Path,
+    *,
+    decode_images: bool = False,
+    num_workers: int = 1,
+    progress: Progress = no_progress,
+    cache: Path | None = None,
+) -> Prepared:
+    """Open a folder of shards as `read_manifest` opens a prepared set, making the index of a split that has none yet.
+
+    A sample without one image and a caption that can be read is left out, and counted in the notes. A shard that cannot
+    be read to its end is refused: thousands of samples would be gone, perhaps only for the moment.
+
+    Args:
+        folder: has the name of its set, one of captions in DATASETS; `*.tar` of `{key}.jpg` (png, webp), `.txt` and
+            `.json` are in folders named as its splits, or those of train in the folder itself.
+        decode_images: also decode every image, and leave out those that are broken. The index that this makes is used
+            from then on, also without it.
+        num_workers: processes that list shards; 1: this one; 0: one for each GiB, at most one for each processor. They
+            are spawned, so that a script needs its `if __name__ == "__main__"`.
+        progress: gets the name of a split, gives what is called with (shards listed, shards in all).
+        cache: folder for indices; None is `modalmerge` in `$XDG_CACHE_HOME`, else in `~/.cache`. An index is used as
+            long as names, sizes and times of change of its shards are the same.
+
+    Returns:
+        A `Prepared` with a `ShardSplit` for each split that there are shards of.
+
+    Raises:
+        ValueError: the folder has the name of no such set, there are no shards, one cannot be read, or none has a whole
+            sample.
+    """
+    name = set_in_shards(folder)
+    if not name:
+        known = [other for other, known in DATASETS.items() if known.kind == KIND]
+        raise ValueError(
+            f"{folder} holds no shards of a set: its name must be one of {', '.join(known)}, and *.tar be in it, for "
+            "the train split, or in folders with the names of splits"
+        )
+    found = _shards(folder, name)
+    if cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modalmerge"
+    splits, problems, notes = {}, list[Problem](), list[Problem]()
+    for split, shards in found.items():
+        key = _key(folder, split, shards)
+        decoded, listed = (cache / "shards" / f"{key}-{what}.arrow" for what in ("decoded", "listed"))
+        index = decoded if decode_images or _record_of(decoded) else listed
+        record = _record_of(index) or _write_index(index, folder, split, shards, decode_images, num_workers, progress)
+        splits[split] = ShardSplit(
+            files=(str(index.absolute()),),
+            num_rows=record.num_rows,
+            num_samples=record.num_samples,
+            num_problems=record.num_problems,
+            shards=shards,
+        )
+        problems += [Problem(**problem) for problem in record.problems]
+        if record.num_problems:
+            first = record.problems[0]
+            told = (
+                f"{record.num_problems} samples or captions were left out, such as {first['sample']}: {first['what']}"
             )
-        for name, value in (("batch_size", batch_size), ("shards_at_once", shards_at_once)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.tokenizer, self.max_text_length, self.image_size = tokenizer, max_text_length, image_size
-        self.batch_size, self.settings, self.random_seed = batch_size, settings, random_seed
-        self.shards_at_once, self.reader, self.num_readers = shards_at_once, reader, num_readers
-        self.epoch = self.block = self.given = self.num_broken = 0
-        self.problems: list[Problem] = []
+            notes.append(Problem(split, f"{told}; {index.with_suffix('.json')} lists {len(record.problems)}"))
+    return Prepared(name=name, kind=KIND, splits=splits, classes=(), problems=tuple(problems), notes=tuple(notes))
 
-    def state_dict(self) -> dict[str, int]:
-        """Say where the stream stands, after the batch that was given last."""
-        return {name: getattr(self, name) for name in STATE}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from where a stream with the same arguments stood."""
-        if set(state) != set(STATE):
-            raise ValueError(f"the state of a stream has {', '.join(STATE)}; got {', '.join(sorted(state))}")
-        for name in STATE:
-            setattr(self, name, state[name])
+def read_image(folder: Path, shards: Sequence[str], row: dict[str, Any]) -> bytes:
+    """Read the image of a row of an index.
 
-    def __iter__(self) -> Iterator[Batch]:
-        images: list[np.ndarray] = []
-        captions: list[str] = []
-        for image, caption, state in self._samples():
-            images.append(image)
-            captions.append(caption)
-            if len(images) == self.batch_size:
-                self.load_state_dict(state)
-                yield self._batch(images, captions)
-                images, captions = [], []
+    Raises:
+        Unusable: the shard is gone, or cut.
+    """
+    return FilePart(shards[row["shard"]], offset=row["offset"], length=row["length"]).read(folder)
 
-    def _batch(self, images: list[np.ndarray], captions: list[str]) -> Batch:
-        ids, mask = encode(self.tokenizer, captions, max_length=self.max_text_length)
-        pixels = normalise(np.stack(images), *self.settings.statistics("retrieval"))
-        owner = torch.arange(len(images))
-        return {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask, "owner": owner}
 
-    def _samples(self) -> Iterator[tuple[np.ndarray, str, dict[str, int]]]:
-        """Yield picture, caption and where the stream stands after them, from where it stands now."""
-        state = self.state_dict()
-        while True:
-            any_whole = state["block"] > 0 or state["given"] > 0
-            blocks = self._blocks(state["epoch"])
-            while state["block"] < len(blocks):
-                rows, problems = self._listed(blocks[state["block"]], state)
-                if state["given"] == 0:  # else they are counted already
-                    state["num_broken"] += len(problems)
-                    self._tell(problems)
-                for shard, row in rows[state["given"] :]:
-                    state["given"] += 1
-                    try:
-                        image, caption = self._made(shard, row, state["epoch"])
-                    except Unusable as error:
-                        state["num_broken"] += 1
-                        self._tell([Problem(shard.name, str(error), row.id)])
-                        continue
-                    any_whole = True
-                    yield image, caption, dict(state)
-                state.update(block=state["block"] + 1, given=0)
-            if not any_whole:
-                told = "".join(f"\n  {problem}" for problem in self.problems[:3])
-                raise ValueError(f"none of {len(self.shards)} shards has a whole sample of image and caption{told}")
-            state.update(epoch=state["epoch"] + 1, block=0)
+def _shards(folder: Path, name: str) -> dict[str, tuple[str, ...]]:
+    """List the shards of each split, below the folder."""
+    found = {split: sorted(folder.glob(f"{split}/*.tar")) for split in DATASETS[name].splits}
+    if "train" in found and not found["train"]:
+        found["train"] = sorted(folder.glob("*.tar"))
+    return {split: tuple(p.relative_to(folder).as_posix() for p in paths) for split, paths in found.items() if paths}
 
-    def _blocks(self, epoch: int) -> list[list[Path]]:
-        """Deal out the shards of an epoch; return this reader's, as many at a time as are shuffled together."""
-        order = torch.randperm(len(self.shards), generator=self._generator(epoch)).tolist()
-        own = [self.shards[number] for number in order[self.reader :: self.num_readers]]
-        return [own[first : first + self.shards_at_once] for first in range(0, len(own), self.shards_at_once)]
 
-    def _listed(self, shards: Sequence[Path], state: Mapping[str, int]) -> tuple[list[tuple[Path, Row]], list[Problem]]:
-        """List the samples of some shards in the order in which they are given, and what is wrong with others."""
-        found = [(shard, row) for shard in shards for row in shard_rows(shard.parent, shard.name, shard)]
-        rows = [(shard, row) for shard, row in found if isinstance(row, Row)]
-        problems = [row for _, row in found if isinstance(row, Problem)]
-        generator = self._generator(state["epoch"], *(shard.name for shard in shards))
-        return [rows[number] for number in torch.randperm(len(rows), generator=generator).tolist()], problems
+def _key(folder: Path, split: str, shards: Sequence[str]) -> str:
+    states = [(folder / shard).stat() for shard in shards]
+    parts = [(shard, state.st_size, state.st_mtime_ns) for shard, state in zip(shards, states, strict=True)]
+    return xxhash.xxh3_128_hexdigest(json.dumps([VERSION, str(folder.resolve()), split, parts]).encode())
 
-    def _made(self, shard: Path, row: Row, epoch: int) -> tuple[np.ndarray, str]:
-        """Read, decode and change one picture, and choose its caption.
 
-        Raises:
-            Unusable: it cannot be read or decoded, or has no caption.
-        """
-        captions = row.values["captions"]
-        if not captions:
-            raise Unusable("has no captions")
-        generator = self._generator(epoch, shard.name, row.id)
-        caption = captions[below(generator, len(captions)) if self.settings.caption == "drawn" else 0]
-        image = decode(row.images["image"].read(shard.parent)).convert("RGB")
-        return np.asarray(training_image(image, self.image_size, generator, self.settings, texts=[caption])), caption
+def _record_of(index: Path) -> Record | None:
+    """Read the record of an index; None where there is none, or not one of this index, which is then made again."""
+    try:
+        record = Record(**json.loads(index.with_suffix(".json").read_text(encoding="utf-8")))
+        return record if index.stat().st_size == record.num_bytes else None
+    except (OSError, ValueError, TypeError):
+        return None
 
-    def _generator(self, *names: int | str) -> torch.Generator:
-        seed = xxhash.xxh3_64_intdigest("/".join(map(str, (self.random_seed, *names))).encode())
-        return torch.Generator().manual_seed(seed % 2**63)
 
-    def _tell(self, problems: Sequence[Problem]) -> None:
-        self.problems += problems[: LISTED_PROBLEMS - len(self.problems)]
+def _write_index(
+    index: Path,
+    folder: Path,
+    split: str,
+    shards: Sequence[str],
+    decode_images: bool,
+    num_workers: int,
+    progress: Progress,
+) -> Record:
+    """Write an index whole or not at all, and then its record."""
+    if not num_workers:
+        num_bytes = sum((folder / shard).stat().st_size for shard in shards)
+        num_workers = min(os.cpu_count() or 1, 1 + num_bytes // WORKER_BYTES)
+    index.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = index.with_name(f"{index.name}.{os.getpid()}.partial")
+    num_rows = num_samples = 0
+    problems: list[Problem] = []
+    unreadable: list[Problem] = []
+    try:
+        with (
+            workers(num_workers) as spread,
+            progress(split) as report,
+            pa.OSFile(str(unfinished), "wb") as file,
+            pa.ipc.new_stream(file, COLUMNS) as writer,
+        ):
+            listed = spread(partial(_list, folder, split, decode_images), enumerate(shards))
+            for done, (batch, own) in enumerate(listed, 1):
+                writer.write_batch(batch)
+                num_rows += len(batch)
+                num_samples += pc.sum(pc.list_value_length(batch["captions"])).as_py() or 0
+                unreadable += [problem for problem in own if problem.sample == shards[done - 1]]
+                problems += own
+                report(done, len(shards))
+        if unreadable:
+            raise ValueError(
+                f"{len(unreadable)} of {len(shards)} shards in {folder} cannot be read to their end, the first: "
+                f"{unreadable[0].sample}: {unreadable[0].what}; fetch them again, or move them elsewhere"
+            )
+        if not num_rows:
+            told = "".join(f"\n  {problem}" for problem in problems[:3])
+            raise ValueError(f"none of {len(shards)} shards in {folder} has a whole sample of image and caption{told}")
+        os.replace(unfinished, index)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    record = Record(
+        num_bytes=index.stat().st_size,
+        num_rows=num_rows,
+        num_samples=num_samples,
+        num_problems=len(problems),
+        problems=[problem.to_json() for problem in problems[:LISTED_PROBLEMS]],
+    )
+    write_whole(index.with_suffix(".json"), dataclasses.asdict(record))
+    return record
+
+
+def _list(
+    folder: Path, split: str, decode_images: bool, numbered: tuple[int, str]
+) -> tuple[pa.RecordBatch, list[Problem]]:
+    """List the samples of one shard, and what is wrong with others; under the name of the shard what is with itself."""
+    number, shard = numbered
+    rows: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    for found in shard_rows(folder, split, folder / shard):
+        if isinstance(found, Problem):
+            problems.append(found)
+            continue
+        try:
+            rows.append(_entry(folder, number, found, decode_images))
+        except Unusable as error:
+            if isinstance(error.__cause__, OSError):  # nothing is wrong with the sample, the store is gone
+                problems.append(Problem(split, f"the shard cannot be read: {error}", shard))
+                break
+            problems.append(Problem(split, str(error), f"{shard}: {found.id}"))
+    return pa.RecordBatch.from_pylist(rows, schema=COLUMNS), problems
+
+
+def _entry(folder: Path, number: int, row: Row, decode_images: bool) -> dict[str, Any]:
+    """Make an entry of the index.
+
+    Raises:
+        Unusable: there is no caption, a name or caption is no Unicode, or the image is broken and looked at.
+    """
+    image = row.images["image"]
+    assert isinstance(image, FilePart) and image.length is not None, "a member of a tar"
+    KINDS[KIND].check_values(row.values, 0)
+    try:
+        "".join([row.id, *row.values["captions"]]).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable(f"its key or caption is no Unicode text: {error}") from None
+    if decode_images:
+        KINDS[KIND].check(row.values, {"image": image.read(folder)}, 0)
+    return {**row.values, "shard": number, "offset": image.offset, "length": image.length}

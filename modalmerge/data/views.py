@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from modalmerge.data.contract import Batch, TaskData
+from modalmerge.data.contract import Batch, TaskData, evaluation_limit
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Changed:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.data.classes
+
+    @property
+    def evaluation_batch(self) -> int | None:
+        return evaluation_limit(self.data)
 
     def __len__(self) -> int:
         return len(self.data)

@@ -27,7 +27,7 @@ from modalmerge.model.convert import (
     resize_image,
     to_authors,
 )
-from modalmerge.model.initialise import start_from_beit
+from modalmerge.model.initialise import draw_model, start_from_beit
 from modalmerge.model.modeling import ModalMergeModel, ModalMergeOutput, Prefix
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Prefix",
     "architecture_name",
     "change_config",
+    "draw_model",
     "expand_experts",
     "expert_map",
     "from_authors",

@@ -38,6 +38,14 @@ class Start:
     file_image_size: int
 
 
+def draw_model(config: ModalMergeConfig, random_seed: int) -> ModalMergeModel:
+    """Draw a model with fresh weights, each expert its own."""
+    # transformers' initialisation takes no generator; the state of the global one is put back
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_seed)
+        return ModalMergeModel(config)
+
+
 def start_from_beit(path: Path | str, config: ModalMergeConfig, *, random_seed: int) -> tuple[ModalMergeModel, Start]:
     """Build a model from a BEiT checkpoint.
 
@@ -68,10 +76,10 @@ def start_from_beit(path: Path | str, config: ModalMergeConfig, *, random_seed: 
         old_config = ModalMergeConfig.from_dict(dict(result.config))
         _check_sizes(path, old_config, config)
         taken = _taken(checkpoint, result)
-    fresh = _draw(shared, random_seed).state_dict()
+    fresh = draw_model(shared, random_seed).state_dict()
     taken[_TABLE] = _place_image_rows(fresh[_TABLE], taken[_TABLE], old_config.grid_size, config.grid_size)
     tensors, _ = expand_experts({**fresh, **taken}, shared, config.experts)
-    model = _draw(config, random_seed)
+    model = draw_model(config, random_seed)
     model.load_state_dict(tensors)
     drawn = set(fresh) - set(taken)  # none of them lies in a layer, where experts would rename it
     return model.eval(), Start(
@@ -104,13 +112,6 @@ def _check_sizes(path: Path | str, theirs: ModalMergeConfig, ours: ModalMergeCon
     ]
     if differing:
         raise ValueError(f"{path} does not fit the model: {', '.join(differing)}; choose the size of the file")
-
-
-def _draw(config: ModalMergeConfig, random_seed: int) -> ModalMergeModel:
-    # transformers' initialisation takes no generator; the state of the global one is put back
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed)
-        return ModalMergeModel(config)
 
 
 def _taken(checkpoint: Checkpoint, result: Result) -> dict[str, Tensor]:

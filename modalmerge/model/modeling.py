@@ -20,6 +20,7 @@ from modalmerge.model.heads import Contrastive, build_heads
 
 # A slice of tokens that all samples share, or [B, Q] token indices; None reads every token.
 Read = slice | Tensor | None
+MASK_NUMBERS = 2**28  # 1 GB in float32, of texts with images together: 25 of them at size base and 480 pixels
 
 
 class Attention(nn.Module):
@@ -385,6 +386,45 @@ class ModalMergeModel(PreTrainedModel):
             last = read if index == layers[-1] else None
             (hidden,) = self.layers[index]([("joint", hidden)], _hide_padding(bias, mask), read=last)
         return hidden if layers else take(hidden, read)
+
+    def fuse_pairs(
+        self,
+        text: Prefix,
+        image: Prefix,
+        *,
+        texts: Int[Tensor, " N"] | None = None,
+        images: Int[Tensor, " N"] | None = None,
+        read: slice | None = None,
+    ) -> Tensor:
+        """Take embedded texts and images, paired in any way, through all layers.
+
+        With separate `early_attention` a text or an image goes through the layers before the fusion once for all its
+        pairs. In evaluation pairs go on in parts whose position masks have at most `MASK_NUMBERS` numbers: all
+        questions about 100 images of 480 pixels at once would take 23 GB.
+
+        Args:
+            texts, images: which text and which image each pair has; None: every one, in order.
+            read: tokens wanted of each pair.
+
+        Returns:
+            States before the final norm, [N, Q, D]; text tokens before image tokens.
+        """
+        separate = self.config.early_attention == "separate"
+        if separate:
+            text, image = self.before_fusion(text), self.before_fusion(image)
+        texts = torch.arange(len(text.hidden), device=text.hidden.device) if texts is None else texts
+        images = torch.arange(len(image.hidden), device=image.hidden.device) if images is None else images
+        num_tokens = text.hidden.shape[1] + image.hidden.shape[1]
+        at_once = len(texts) if self.training else self.pairs_at_once(num_tokens)
+        states = []
+        for some_texts, some_images in zip(texts.split(at_once), images.split(at_once), strict=True):
+            pair = (text.select(some_texts), image.select(some_images))
+            states.append(self.fuse(*(pair if separate else self.begin_joint(*pair)), read=read))
+        return torch.cat(states)
+
+    def pairs_at_once(self, num_tokens: int) -> int:
+        """Count the pairs of text and image, of so many tokens together, whose masks have `MASK_NUMBERS` numbers."""
+        return max(1, MASK_NUMBERS // (self.config.num_attention_heads * num_tokens**2))
 
     # -- whole forward passes -----------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from modalmerge.records import Cell
 
-# Of public sets whose reported split is not called test. VQAv2's test answers are not public: the part of its validation
-# images that nothing is trained on stands in for them.
+# Of public sets whose reported split is not called test. VQAv2's test answers are not public: the part of its
+# validation images that nothing is trained on stands in for them.
 REPORTED = {"vqav2": "rest_val", "nlvr2": "test1", "ade20k": "validation", "imagenet": "val"}
 
 

@@ -15,9 +15,11 @@ operations of a layer, forward = 2 (2 D^2 t + (2 D^2 + 2 D F) r) + 4 D r t
 operations of a step = 3 x forward (backward costs twice as much) x samples, all texts at their longest
 memory = 16 bytes a parameter (weight, gradient, two moments of AdamW in float32), 2 more with mixed precision
   + activations of a layer: 8 D + b (8 D + 2 F) a token, b r t a head where texts are padded; b = 2, or 4 in float32
-hours = operations / (peak x utilisation)"""
+hours = operations / (peak x utilisation), all of them training: loading, checkpoints and measuring are not in them
+samples a second = samples / hours, what loading must keep up with: one process makes about 140 to 275 images"""
 
 PARAMETER_BYTES = 16  # weight, gradient and AdamW's two moments in float32
+LOADED_IMAGES = 140  # a second by one process, JPEGs of 640 x 480; 275 of 256 x 256 (docs/loading.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,10 @@ class Estimate:
         parameters: of the model.
         operations: of the whole run, forward and backward.
         memory_bytes: of the parts, by name; `batch` is what one batch of the loop keeps for its gradient.
-        hours: of one device.
+        hours: of one device, training alone.
+        samples_per_second: what has to be loaded for that.
         assumption: device and utilisation.
-        notes: what does not fit.
+        notes: what does not fit, or does not keep up.
     """
 
     num_steps: int
@@ -63,6 +66,7 @@ class Estimate:
     operations: float
     memory_bytes: dict[str, int]
     hours: float
+    samples_per_second: float
     assumption: str
     notes: tuple[str, ...] = ()
 
@@ -89,12 +93,22 @@ def estimate(config: ModalMergeConfig, task: str, training: TrainSettings, devic
             f"about {whole / 1e9:.0f} GB do not fit in the {device.memory / 1e9:.0f} GB of {device.name}; set a "
             f"smaller training.micro_batch_size, now {training.samples_at_once}"
         )
+    seconds = operations / (device.peak * device.utilisation)
+    samples_per_second = training.batch_size * training.num_steps / seconds
+    images = samples_per_second * _num_images(task)
+    if images > LOADED_IMAGES * max(1, training.num_workers):
+        notes.append(
+            f"the hours need {images:,.0f} images a second; one process makes about {LOADED_IMAGES} to 275 "
+            f"(docs/loading.md): set training.num_workers to {math.ceil(images / LOADED_IMAGES)}, now "
+            f"{training.num_workers}"
+        )
     return Estimate(
         num_steps=training.num_steps,
         parameters=parameters,
         operations=operations,
         memory_bytes=memory,
-        hours=operations / (device.peak * device.utilisation) / 3600,
+        hours=seconds / 3600,
+        samples_per_second=samples_per_second,
         assumption=f"{device.name} at {100 * device.utilisation:g} % of {device.peak / 1e12:g} TFLOP/s",
         notes=tuple(notes),
     )
@@ -151,9 +165,13 @@ def forward_operations(config: ModalMergeConfig, task: str) -> float:
         for read in _reads(way):
             operations += 2 * (2 * width**2 * way.tokens + (2 * width**2 + 2 * width * inner) * read)
             operations += 4 * width * read * way.tokens
-    images = 2 if task == "nlvr2" else 1
-    operations += images * 2 * (config.num_image_tokens - 1) * 3 * config.patch_size**2 * width
+    operations += _num_images(task) * 2 * (config.num_image_tokens - 1) * 3 * config.patch_size**2 * width
     return operations + _head_operations(config, task)
+
+
+def _num_images(task: str) -> int:
+    """Count the images of one sample."""
+    return 2 if task == "nlvr2" else 1
 
 
 def activation_bytes(config: ModalMergeConfig, task: str, *, mixed: bool) -> int:
@@ -186,7 +204,7 @@ def _hidden_words(config: ModalMergeConfig) -> int:
 
 
 def _head_operations(config: ModalMergeConfig, task: str) -> float:
-    """Count the operations of what is large on top: the word predictor, the classifier of pairs, UPerNet."""
+    """Count the operations of what is large on top: the word predictor, the classifier of answers, UPerNet."""
     width = config.hidden_size
     if task == "pretraining":
         return 2 * _hidden_words(config) * width * (width + config.vocab_size)

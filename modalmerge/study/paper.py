@@ -31,10 +31,11 @@ from modalmerge.records import Cell, Result, append_line, read_lines
 from modalmerge.registry import find
 from modalmerge.study.costs import FORMULA, Device
 from modalmerge.study.driver import CELLS_FILE, PRESET_FILE, code_version
-from modalmerge.study.plan import describe
+from modalmerge.study.inputs import read_inputs, write_inputs
+from modalmerge.study.plan import ROWS, describe
 from modalmerge.study.presets import apply_changes
 from modalmerge.study.public import Outlook, evaluate_public, find_set, finetune_recipe, look, pretrain_recipe
-from modalmerge.study.recipes import RECIPES, Recipe
+from modalmerge.study.recipes import RECIPES, Recipe, deciding_values
 from modalmerge.study.runs import MODEL, SETTINGS, is_finished, summary
 from modalmerge.tasks import TASKS
 from modalmerge.train.loop import Report
@@ -45,6 +46,7 @@ PRETRAINED = ("seed", "experts", "specific", "agnostic")
 TASK_RECIPES = ("vqav2-480", "coco-384", "nlvr2-384", "flickr30k-384", "ade20k-512")
 STATISTICS_BATCH = 32  # pairs
 FOLDERS = ("stages", "measured", "submissions")
+SUFFIXES = {"vqa": ".json", "nlvr2": ".csv", "segmentation": ".zip", "classification": ".txt"}  # of submissions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,16 @@ class Paper:
                 raise ValueError(f"recipes.{name}.architecture has no experts to merge")
         if self.statistics_pairs < 2:
             raise ValueError(f"statistics_pairs must be at least 2, got {self.statistics_pairs}")
+
+    @property
+    def random_seed(self) -> int:
+        """What its cells are told apart by from those of a repetition."""
+        return self.recipes["seed"].training.random_seed
+
+    @property
+    def further_methods(self) -> tuple[str, ...]:
+        """The methods beside those that every study has."""
+        return tuple(method for method in self.methods if f"recipe-{method}" not in ROWS)
 
 
 def paper() -> Paper:
@@ -215,6 +227,7 @@ def _outlooks(
                 start=start,
                 architecture=architecture,
                 awaited=True,
+                reports=True,
             )
         yield stage, known[key]
 
@@ -284,8 +297,7 @@ def paper_values(study: Paper) -> dict[str, Any]:
 def _keep_preset(study: Paper, run: Path) -> None:
     path, now = run / PRESET_FILE, paper_values(study)
     del now["device"]  # no number depends on it
-    for values in now["recipes"].values():
-        del values["device"], values["training"]["num_workers"]
+    now["recipes"] = {name: deciding_values(recipe) for name, recipe in study.recipes.items()}
     if path.exists():
         if json.loads(path.read_text()) != now:
             raise ValueError(
@@ -319,6 +331,7 @@ def _merge(study: Paper, run: Path, stage: Stage, data: Path) -> None:
     config = change_config(experts.config, experts=expert_map("agnostic", experts.config.num_hidden_layers))
     with atomic_folder(folder) as partial:
         save(model_from(merged, config), words, partial / MODEL)
+        write_inputs(read_inputs(run / "stages" / stage.start / MODEL, experts.config), partial / MODEL)
         told = {"steps": 0, "num_merged": record.num_merged}
         (partial / SETTINGS).write_text(json.dumps({"asked": asked, "summary": told}, indent=2) + "\n")
 
@@ -362,14 +375,13 @@ def _measure(study: Paper, run: Path, stage: Stage, data: Path, command: str) ->
     splits = recipe.data[recipe.dataset]
     if not splits.report:
         return
-    folder, prepared = find_set(data, recipe.dataset)
+    folder, _ = find_set(data, recipe.dataset)
     submission = None
     if TASKS[task].submit is not None and stage.kind == "finetune":
-        submission = run / "submissions" / stage.id
-    split, results = splits.report, list[Result]()
-    if split in prepared.splits:
-        _, split, results = evaluate_public(source, task, folder, split=split, submission=submission)
-    if not results:
+        submission = run / "submissions" / f"{stage.id}{SUFFIXES[task]}"
+        submission.unlink(missing_ok=True)  # of a call that was stopped before it wrote the cells
+    _, split, results = evaluate_public(source, task, folder, split=splits.report, submission=submission)
+    if not results:  # its labels are not public
         _, split, results = evaluate_public(source, task, folder, split=splits.selection)
     yield from _cells(study, run, stage, results, recipe.dataset, task, split, command)
 
@@ -387,10 +399,10 @@ def _cells(
         settings["control"] = row.control
     for result in results:
         yield Cell(
-            id=f"{NAME}/{seed.random_seed}/{stage.model}/{tuned}/{dataset}/{split}/{result.metric}",
+            id=f"{NAME}/{study.random_seed}/{stage.model}/{tuned}/{dataset}/{split}/{result.metric}",
             role=row.role,
             stage=tuned,
-            random_seed=seed.random_seed,
+            random_seed=study.random_seed,
             initialisation="seed" if seeded else "BEiT",
             base_fraction=seed.num_steps / (seed.num_steps + experts.num_steps) if seeded else 0.0,
             architecture=architecture_name(model.config.experts),

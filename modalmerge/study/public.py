@@ -1,7 +1,9 @@
-"""Recipes on prepared public data: what is missing, what it will cost, and the runs themselves."""
+"""Recipes on public data: what is missing, what it will cost, and the runs themselves."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from modalmerge.data import DATASETS
 from modalmerge.data.contract import TaskData
 from modalmerge.data.loading import TASK_KINDS, load_public, load_public_mixture, load_tokenizer
-from modalmerge.data.prepare.manifest import MANIFEST, Prepared, read_manifest
+from modalmerge.data.prepare.engine import Progress, no_progress
+from modalmerge.data.prepare.manifest import MANIFEST, Prepared
+from modalmerge.data.streaming import ShardSplit, open_set, set_in_shards
 from modalmerge.data.transforms import InputSettings
 from modalmerge.data.views import on_device
 from modalmerge.evaluate import evaluate
@@ -29,8 +33,9 @@ from modalmerge.model.initialise import start_from_beit
 from modalmerge.records import Result
 from modalmerge.registry import find
 from modalmerge.study.costs import FORMULA, Estimate, estimate
-from modalmerge.study.recipes import SPLITS, Recipe, recipe_values
-from modalmerge.study.runs import finish, is_finished, scratch_folder, summary
+from modalmerge.study.inputs import ModelInputs, read_inputs
+from modalmerge.study.recipes import SPLITS, Recipe, deciding_values, recipe_values
+from modalmerge.study.runs import Curve, finish, is_finished, scratch_folder, summary, trained
 from modalmerge.study.single import check_same_size
 from modalmerge.tasks import TASKS
 from modalmerge.train.loop import Report
@@ -50,8 +55,9 @@ class Outlook:
     Args:
         recipe: with the steps that its data give.
         architecture: of the model.
-        folders: set -> its prepared folder, of those that are there.
-        samples: set -> split -> samples of the prepared splits that the recipe names.
+        folders: set -> its folder, prepared or of shards, of those that are there.
+        samples: set -> split -> samples of the splits that the recipe names.
+        notes: what is worth knowing of the sets.
         missing: what has to be there first, one text each.
         estimate: what it will cost.
     """
@@ -60,6 +66,7 @@ class Outlook:
     architecture: str
     folders: Mapping[str, Path]
     samples: Mapping[str, Mapping[str, int]]
+    notes: tuple[str, ...]
     missing: tuple[str, ...]
     estimate: Estimate
 
@@ -72,6 +79,7 @@ class Outlook:
                 name: {"folder": str(folder), "samples": dict(self.samples[name])}
                 for name, folder in self.folders.items()
             },
+            "notes": list(self.notes),
             "missing": list(self.missing),
             "estimate": {**dataclasses.asdict(self.estimate), "notes": list(self.estimate.notes)},
             "formula": FORMULA.splitlines(),
@@ -83,8 +91,13 @@ class Outlook:
         Raises:
             ValueError: something is missing; the message lists it.
         """
-        if self.missing:
-            listed = "".join(f"\n  {item}" for item in self.missing)
+        missing, training = self.missing, self.recipe.training
+        if training.precision == "16-mixed" and _accelerator(training.accelerator) is None:
+            missing += (
+                "an accelerator: there is no 16-mixed on a CPU; --set training.precision=bf16-mixed or 32-true",
+            )
+        if missing:
+            listed = "".join(f"\n  {item}" for item in missing)
             raise ValueError(f"{self.recipe.name} cannot start; what is missing:{listed}")
 
 
@@ -97,28 +110,36 @@ def look(
     start: Path | None = None,
     architecture: str | None = None,
     awaited: bool = False,
+    reports: bool = False,
+    progress: Progress = no_progress,
 ) -> Outlook:
-    """Look at what is there for a recipe, and estimate what it will cost; nothing is run or written.
+    """Look at what is there for a recipe, and estimate what it will cost; nothing is run.
+
+    Nothing is written either but the index of shards that have none yet, in the cache folder; see `open_shards`.
 
     Args:
-        data: folder of prepared sets by name, or one prepared set.
+        data: folder of sets by name, prepared or of shards, or one such set.
         tokenizer: see `load_tokenizer`; None: that of `start`, else BERT's.
         init: BEiT's weights, to pre-train from.
         start: model folder: a seed to pre-train from, or the model to fine-tune.
         architecture: what is per modality in pre-training, instead of the recipe's.
         awaited: `start` is what an earlier stage will leave, and need not be there yet.
+        reports: the split that is reported must be there too.
+        progress: of the listing of shards, as in `open_shards`.
     """
-    folders, samples, missing = {}, {}, []
+    folders, samples, missing, notes = {}, {}, list[str](), list[str]()
     classes: tuple[str, ...] = ()
     for name, splits in recipe.data.items():
         try:
-            folder, prepared = find_set(data, name)
-            wanted = [*splits.train, *filter(None, (splits.selection,))]
+            folder, prepared = find_set(data, name, progress=progress)
+            measured = (splits.selection, splits.report if reports and name == recipe.dataset else "")
+            wanted = [*splits.train, *filter(None, measured)]
             samples[name] = {split: _count(prepared, split, recipe.inputs) for split in wanted}
         except ValueError as error:
             missing.append(str(error))
             continue
         folders[name], classes = folder, prepared.classes
+        notes += [f"{name}: {note}" for note in prepared.notes]
     if not missing:
         train = sum(samples[name][split] for name, splits in recipe.data.items() for split in splits.train)
         recipe = recipe.for_samples(train)
@@ -145,6 +166,7 @@ def look(
         architecture=architecture or recipe.architecture,
         folders=folders,
         samples=samples,
+        notes=tuple(notes),
         missing=tuple(missing),
         estimate=estimate(config, recipe.task, recipe.training, recipe.device),
     )
@@ -180,16 +202,17 @@ def _tokenizer_missing(source: str) -> list[str]:
 
 def _count(prepared: Prepared, split: str, inputs: InputSettings) -> int:
     if split not in prepared.splits:
-        raise ValueError(
-            f"split {split} of {prepared.name}: only {', '.join(prepared.splits)} are prepared; run `modalmerge data "
-            f"prepare {prepared.name}` again with the files of {split} there"
-        )
+        next_step = f"run `modalmerge data prepare {prepared.name}` again with the files of {split} there"
+        if any(isinstance(other, ShardSplit) for other in prepared.splits.values()):
+            next_step = f"put its shards into a folder {split} beside"
+        raise ValueError(f"split {split} of {prepared.name}: only {', '.join(prepared.splits)} are there; {next_step}")
     found = prepared.splits[split]
-    return found.num_samples if inputs.sample == "text" else found.num_rows
+    by_text = inputs.sample == "text" or prepared.kind == "statements"  # a statement is always a sample by itself
+    return found.num_samples if by_text else found.num_rows
 
 
-def find_set(data: Path | None, name: str) -> tuple[Path, Prepared]:
-    """Find a prepared set: the folder itself, or the one of its name in it.
+def find_set(data: Path | None, name: str, *, progress: Progress = no_progress) -> tuple[Path, Prepared]:
+    """Find a set, prepared or of shards: the folder itself, or the one of its name in it.
 
     Raises:
         ValueError: it is not there; the message says how to prepare it.
@@ -198,8 +221,8 @@ def find_set(data: Path | None, name: str) -> tuple[Path, Prepared]:
     if data is None:
         raise ValueError(f"data set {name}: give --data FOLDER, the folder of prepared sets; it is made from {needs}")
     for folder in (data, data / name):
-        if (folder / MANIFEST).is_file():
-            prepared = read_manifest(folder)
+        if (folder / MANIFEST).is_file() or set_in_shards(folder) == name:
+            prepared = open_set(folder, num_workers=0, progress=progress)
             if prepared.name == name:
                 return folder, prepared
     raise ValueError(
@@ -219,11 +242,12 @@ def pretrain_recipe(
     architecture: str | None = None,
     report: Report | None = None,
     show_bar: bool = False,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Pre-train by a recipe into `run`; the same call goes on where an interrupted one stopped.
 
     Args:
-        data, tokenizer, init, architecture: as in `look`.
+        data, tokenizer, init, architecture, progress: as in `look`.
         seed: model folder that the weights or experts start from, instead of `init`.
 
     Returns:
@@ -232,7 +256,9 @@ def pretrain_recipe(
     Raises:
         ValueError: something is missing, `run` holds something else, or the seed does not fit the recipe.
     """
-    outlook = look(recipe, data=data, tokenizer=tokenizer, init=init, start=seed, architecture=architecture)
+    outlook = look(
+        recipe, data=data, tokenizer=tokenizer, init=init, start=seed, architecture=architecture, progress=progress
+    )
     outlook.refuse()
     recipe = outlook.recipe
     asked = {
@@ -262,11 +288,9 @@ def pretrain_recipe(
         settings=recipe.inputs,
     )
     scratch = scratch_folder(run, asked)
-    curve = pretrain(model, pairs, words, settings=recipe.training, folder=scratch, report=report, show_bar=show_bar)
-    results = _select(model, recipe, outlook, words)
-    return finish(
-        run, scratch, asked, model=model, tokenizer=words, settings=recipe.training, curve=curve, results=results
-    )
+    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    model, curve = trained(scratch, model, lambda: pretrain(model, pairs, words, settings=recipe.training, **watched))
+    return _finish(run, scratch, asked, outlook, model, words, curve)
 
 
 def finetune_recipe(
@@ -278,6 +302,7 @@ def finetune_recipe(
     tokenizer: str | None = None,
     report: Report | None = None,
     show_bar: bool = False,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Fine-tune a model by a recipe into `run`, and measure it on the selection split; goes on as `pretrain_recipe`.
 
@@ -285,12 +310,12 @@ def finetune_recipe(
 
     Args:
         start: model folder.
-        data, tokenizer: as in `look`.
+        data, tokenizer, progress: as in `look`.
 
     Raises:
         ValueError: as `pretrain_recipe`.
     """
-    outlook = look(recipe, data=data, tokenizer=tokenizer, start=start)
+    outlook = look(recipe, data=data, tokenizer=tokenizer, start=start, progress=progress)
     outlook.refuse()
     recipe = outlook.recipe
     asked = {"stage": "finetune", "start": str(start), **_asked(outlook, tokenizer)}
@@ -311,13 +336,11 @@ def finetune_recipe(
     )
     model = with_task_head(resized, recipe.task, random_seed=recipe.training.random_seed, classes=pairs.classes)
     scratch = scratch_folder(run, asked)
-    curve = finetune(
-        model, recipe.task, pairs, settings=recipe.training, folder=scratch, report=report, show_bar=show_bar
+    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    model, curve = trained(
+        scratch, model, lambda: finetune(model, recipe.task, pairs, settings=recipe.training, **watched)
     )
-    results = _select(model, recipe, outlook, words)
-    return finish(
-        run, scratch, asked, model=model, tokenizer=words, settings=recipe.training, curve=curve, results=results
-    )
+    return _finish(run, scratch, asked, outlook, model, words, curve)
 
 
 def evaluate_public(
@@ -334,7 +357,7 @@ def evaluate_public(
     Args:
         source: model folder; images are made as large as it takes them.
         task: a key of `TASKS`.
-        data: one prepared set, or a folder of them of which one is for the task.
+        data: one set, prepared or of shards, or a folder of prepared ones of which one is for the task.
         split: None: the one that is reported.
         tokenizer: None: the model's.
         submission: file to write, for tasks that have one; a split without labels has this only.
@@ -348,28 +371,32 @@ def evaluate_public(
     chosen = find(TASKS, task, "task")
     folder, prepared = _set_for(data, task)
     split = split or SPLITS[prepared.name].report
-    if submission is not None and chosen.submit is None:
-        raise ValueError(f"task {task!r} has no submission file; leave out --submission")
+    if not split:
+        known = ", ".join(prepared.splits)
+        raise ValueError(f"nothing is reported on {prepared.name}; give --split, one of {known}")
+    if submission is not None:
+        if chosen.submit is None:
+            raise ValueError(f"task {task!r} has no submission file; leave out --submission")
+        if os.path.lexists(submission):
+            raise ValueError(f"{submission} exists and is not overwritten; remove it or choose another name")
     model, words = load_start(source, tokenizer)
-    loaded = load_public(
-        task,
-        folder,
-        (split,),
-        tokenizer=words,
-        max_text_length=model.config.max_text_length,
-        image_size=model.config.image_size,
-        settings=InputSettings(),
-        classes=tuple(model.config.answers or model.config.classes),
-    )
+    loaded = _measured_data(task, folder, split, model, words, read_inputs(source, model.config))
     is_labelled = task not in LABELS or LABELS[task] in loaded.batch(torch.tensor([0]))
     if not is_labelled and submission is None:
         raise ValueError(f"split {split} of {prepared.name} has no labels; give --submission FILE to write answers")
-    results = on_accelerator(model, loaded, lambda model, data: evaluate(model, task, data)) if is_labelled else []
-    if submission is not None:
-        submit = chosen.submit
-        assert submit is not None, "refused above"
-        on_accelerator(model, loaded, lambda model, data: submit(model, data, submission))
+    with on_accelerator(model):
+        results = evaluate(model, task, loaded) if is_labelled else []
+        if submission is not None:
+            assert chosen.submit is not None, "refused above"
+            chosen.submit(model, on_device(loaded, model.device), submission)
     return prepared.name, split, results
+
+
+def num_left_out(data: Path, task: str, split: str) -> int:
+    """Count the samples of a split that preparing left out: no submission has an answer for them."""
+    _, prepared = _set_for(data, task)
+    of_the_whole = sum(problem.split == split and not problem.sample for problem in prepared.problems)
+    return prepared.splits[split].num_problems - of_the_whole
 
 
 def load_start(source: Path, tokenizer: str | None) -> tuple[ModalMergeModel, PreTrainedTokenizerBase]:
@@ -386,43 +413,77 @@ def load_start(source: Path, tokenizer: str | None) -> tuple[ModalMergeModel, Pr
     return model, words
 
 
-def on_accelerator(model: ModalMergeModel, data: TaskData, run: Any, *, accelerator: str = "auto") -> Any:
-    """Call `run` with a model and data on the accelerator, if there is one and "cpu" is not asked for."""
-    found: Any = torch.accelerator.current_accelerator(check_available=True) if accelerator != "cpu" else None
+@contextmanager
+def on_accelerator(model: ModalMergeModel, accelerator: str = "auto") -> Iterator[None]:
+    """Have a model on the accelerator for a while, if there is one and "cpu" is not asked for."""
+    found: Any = _accelerator(accelerator)  # transformers' `to` is not typed for a device
     if found is None:
-        return run(model, data)
+        yield
+        return
     try:
-        return run(model.to(found), on_device(data, found))
+        model.to(found)
+        yield
     finally:
         model.cpu()
 
 
+def _accelerator(wanted: str) -> torch.device | None:
+    return torch.accelerator.current_accelerator(check_available=True) if wanted != "cpu" else None
+
+
 def _asked(outlook: Outlook, tokenizer: str | None) -> dict[str, Any]:
-    values = recipe_values(outlook.recipe)
-    del values["device"], values["training"]["num_workers"]  # no number depends on them
+    values = deciding_values(outlook.recipe)
     samples = {name: dict(splits) for name, splits in outlook.samples.items()}
     return {"recipe": values, "data": samples, "tokenizer": tokenizer}
 
 
-def _select(
-    model: ModalMergeModel, recipe: Recipe, outlook: Outlook, tokenizer: PreTrainedTokenizerBase
-) -> list[Result]:
-    """Measure on the selection split, images with all their texts."""
+def _finish(
+    run: Path,
+    scratch: Path,
+    asked: Mapping[str, Any],
+    outlook: Outlook,
+    model: ModalMergeModel,
+    words: PreTrainedTokenizerBase,
+    curve: Curve,
+) -> dict[str, Any]:
+    """Measure what was trained on the selection split, if there is one, and write the run."""
+    recipe = outlook.recipe
     task, name = "retrieval" if recipe.is_pretraining else recipe.task, recipe.dataset
-    if not recipe.data[name].selection:
-        return []
-    data = load_public(
-        task,
-        outlook.folders[name],
-        (recipe.data[name].selection,),
-        tokenizer=tokenizer,
+    inputs = ModelInputs(
         max_text_length=recipe.max_text_length,
-        image_size=recipe.image_size,
-        settings=dataclasses.replace(recipe.inputs, sample="image"),
+        normalisation=recipe.inputs.normalisation,
+        normalise_answers=recipe.inputs.normalise_answers,
+    )
+    results = list[Result]()
+    if split := recipe.data[name].selection:
+        data = _measured_data(task, outlook.folders[name], split, model, words, inputs)
+        with on_accelerator(model, recipe.training.accelerator):
+            results = evaluate(model, task, data)
+    return finish(
+        run, scratch, asked,
+        model=model, tokenizer=words, settings=recipe.training, curve=curve, results=results, inputs=inputs,
+    )  # fmt: skip
+
+
+def _measured_data(
+    task: str,
+    folder: Path,
+    split: str,
+    model: ModalMergeModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: ModelInputs,
+) -> TaskData:
+    """Open a split as a model is measured on it: images as large as it takes them, with all their texts."""
+    return load_public(
+        task,
+        folder,
+        (split,),
+        tokenizer=tokenizer,
+        max_text_length=inputs.max_text_length,
+        image_size=model.config.image_size,
+        settings=inputs.settings,
         classes=tuple(model.config.answers or model.config.classes),
     )
-    accelerator = recipe.training.accelerator
-    return on_accelerator(model, data, lambda model, data: evaluate(model, task, data), accelerator=accelerator)
 
 
 def _text_length(recipe: Recipe, config: ModalMergeConfig, source: Path) -> int:
@@ -450,5 +511,6 @@ def _set_for(data: Path, task: str) -> tuple[Path, Prepared]:
 
 def _sets(data: Path) -> Iterator[tuple[Path, Prepared]]:
     for folder in [data, *sorted(data.glob("*/"))]:
-        if (folder / MANIFEST).is_file():
-            yield folder, read_manifest(folder)
+        # shards beside others are passed over: those of another task would be listed for nothing
+        if (folder / MANIFEST).is_file() or (folder == data and set_in_shards(folder)):
+            yield folder, open_set(folder)

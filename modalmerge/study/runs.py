@@ -3,20 +3,23 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from modalmerge.checkpoint import atomic_file, atomic_folder
-from modalmerge.model import ModalMergeModel
+from modalmerge.model import ModalMergeModel, load_model_folder
 from modalmerge.records import Result
+from modalmerge.study.inputs import ModelInputs, write_inputs
 from modalmerge.study.presets import from_dict, to_dict
 from modalmerge.train.loop import TrainSettings
 from modalmerge.train.stages import save
 
 SETTINGS, CURVE, MODEL = "settings.json", "curve.json", "model"
+TRAINED = "trained"  # in the scratch folder
+Curve = list[dict[str, int | float]]
 
 
 def is_finished(run: Path, asked: Mapping[str, Any]) -> bool:
@@ -63,6 +66,25 @@ def scratch_folder(run: Path, asked: Mapping[str, Any]) -> Path:
     return folder
 
 
+def trained(scratch: Path, model: ModalMergeModel, train: Callable[[], Curve]) -> tuple[ModalMergeModel, Curve]:
+    """Train a model once: what comes is kept in the scratch folder until `finish`, so that measuring may fail.
+
+    Args:
+        train: trains `model` in place, and returns its curve.
+
+    Returns:
+        (the trained model, its curve), of this call or of an earlier one.
+    """
+    kept = scratch / TRAINED
+    if kept.exists():
+        return load_model_folder(kept), json.loads((kept / CURVE).read_text())
+    curve = train()
+    with atomic_folder(kept) as folder:
+        model.save_pretrained(folder)
+        (folder / CURVE).write_text(json.dumps(curve))
+    return model, curve
+
+
 def finish(
     run: Path,
     scratch: Path,
@@ -71,14 +93,21 @@ def finish(
     model: ModalMergeModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: TrainSettings,
-    curve: list[dict[str, int | float]],
+    curve: Curve,
     results: list[Result],
+    inputs: ModelInputs | None = None,
 ) -> dict[str, Any]:
-    """Write what a run leaves, remove its scratch folder, and return `summary`'s."""
+    """Write what a run leaves, remove its scratch folder, and return `summary`'s.
+
+    Args:
+        inputs: how the model reads public data; None for the embedded world's.
+    """
     metrics = {result.metric: result.value for result in results}
     told = {"steps": settings.num_steps, "losses": curve[-1], "metrics": metrics}
     with atomic_folder(run) as folder:
         save(model, tokenizer, folder / MODEL)
+        if inputs is not None:
+            write_inputs(inputs, folder / MODEL)
         (folder / CURVE).write_text(json.dumps(curve))
         (folder / SETTINGS).write_text(json.dumps({"asked": asked, "summary": told}, indent=2) + "\n")
         if (scratch / "tensorboard").exists():

@@ -11,7 +11,7 @@ from modalmerge.records import Result
 from modalmerge.registry import find
 from modalmerge.study.jobs import model_config, split_data
 from modalmerge.study.presets import Preset, to_dict
-from modalmerge.study.runs import finish, is_finished, scratch_folder, summary
+from modalmerge.study.runs import finish, is_finished, scratch_folder, summary, trained
 from modalmerge.study.targets import TARGETS
 from modalmerge.tasks import TASKS
 from modalmerge.train.loop import Report
@@ -57,7 +57,8 @@ def pretrain_run(
         model = start_experts(start, config.experts)
     data, tokenizer = split_data(preset, "pretrain"), scenes_tokenizer()
     scratch = scratch_folder(run, asked)
-    curve = pretrain(model, data, tokenizer, settings=settings, folder=scratch, report=report, show_bar=show_bar)
+    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    model, curve = trained(scratch, model, lambda: pretrain(model, data, tokenizer, settings=settings, **watched))
     results = evaluate(model, "retrieval", split_data(preset, "validation"))
     return finish(
         run, scratch, asked,
@@ -94,7 +95,8 @@ def finetune_run(
     model = with_task_head(loaded, task, random_seed=preset.random_seeds[0], classes=data.classes)
     settings = dataclasses.replace(preset.finetuning[target], random_seed=preset.random_seeds[0])
     scratch = scratch_folder(run, asked)
-    curve = finetune(model, task, data, settings=settings, folder=scratch, report=report, show_bar=show_bar)
+    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    model, curve = trained(scratch, model, lambda: finetune(model, task, data, settings=settings, **watched))
     results = evaluate(model, task, split_data(preset, "validation", target))
     return finish(
         run, scratch, asked,
@@ -119,7 +121,8 @@ def heal_run(
     _check_pair(model, teacher, merged, experts)
     settings = dataclasses.replace(preset.healing, random_seed=preset.random_seeds[0])
     scratch, data = scratch_folder(run, asked), split_data(preset, "pretrain")
-    curve = heal(model, teacher, data, settings=settings, folder=scratch, report=report, show_bar=show_bar)
+    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    model, curve = trained(scratch, model, lambda: heal(model, teacher, data, settings=settings, **watched))
     results = evaluate(model, "retrieval", split_data(preset, "validation"))
     return finish(
         run, scratch, asked,

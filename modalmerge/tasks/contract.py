@@ -26,8 +26,9 @@ class Task:
         predict: (model, data, samples) -> for each of some samples what the model says and what is right, for people
             to read: texts as token ids, answers and classes as numbers.
         chance: expected value of the main metric for guessing, on a split.
-        submit: (model, data, path) -> writes the file that the task's evaluation server or script takes; None where
-            there is no such file.
+        submit: (model, data, path) -> writes what the model says of every sample: for vqa and nlvr2 the file that the
+            evaluation server or script takes; for segmentation and classification label maps and lines of our own,
+            since their servers ask for the test images, which are not prepared. None where there is no such file.
     """
 
     name: str

@@ -18,7 +18,7 @@ from modalmerge.records import Result
 from modalmerge.tasks.metrics import percent
 
 EVALUATION_BATCH = 100
-PROBABILITY = 0.25  # of hiding a word, as in the authors' pre-training command
+MASKED_FRACTION = 0.25  # of the words, as in the authors' pre-training command
 
 
 @torch.inference_mode()
@@ -28,7 +28,7 @@ def masked_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     *,
     random_seed: int,
-    probability: float = PROBABILITY,
+    probability: float = MASKED_FRACTION,
 ) -> list[Result]:
     """Hide words of every text of a split and count how many of them the model says, with the image and without.
 
@@ -80,13 +80,9 @@ def masked_accuracy(
 
 def _joint_states(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " N T D"]:
     """Take texts with their images to the end; an image goes through the layers before the fusion once for all."""
-    text, owner = model.begin_text(batch["input_ids"], batch["attention_mask"]), batch["owner"]
-    image = model.begin_image(batch["pixel_values"])
-    if model.config.early_attention == "separate":
-        text, image = model.before_fusion(text), model.before_fusion(image).select(owner)
-    else:
-        text, image = model.begin_joint(text, image.select(owner))
-    return model.fuse(text, image, read=slice(0, text.hidden.shape[1]))
+    text = model.begin_text(batch["input_ids"], batch["attention_mask"])
+    own = slice(0, text.hidden.shape[1])
+    return model.fuse_pairs(text, model.begin_image(batch["pixel_values"]), images=batch["owner"], read=own)
 
 
 def _text_states(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " N T D"]:

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from modalmerge.data.transforms import IGNORED_PIXEL
 from modalmerge.records import Result
 
 RECALL_DEPTHS = (1, 5, 10)
-IGNORED = 255  # in masks: a pixel that no class is asked for
 WHOLE_PRODUCT = 50  # one pair in so many to be summed again takes the time of a whole product in float64
 PAIRS_AT_ONCE = 4096
 
@@ -63,7 +63,7 @@ def percent(metric: str, value: float, num_samples: int) -> Result:
 
 def share(metric: str, right: Bool[Tensor, " N"] | Float[Tensor, " N"]) -> Result:
     """Average over samples what is right, or how right each is, in [0, 1]."""
-    return percent(metric, right.double().mean().item(), len(right))
+    return percent(metric, right.cpu().double().mean().item(), len(right))  # Apple's GPUs have no float64
 
 
 def hits(logits: Float[Tensor, " N classes"], answers: Int[Tensor, " N"], *, depth: int = 1) -> Bool[Tensor, " N"]:
@@ -103,12 +103,12 @@ def consistency(right: Bool[Tensor, " N"], identifiers: Sequence[str]) -> Result
 def confusion(
     found: Int[Tensor, " *pixels"], masks: Int[Tensor, " *pixels"], num_classes: int
 ) -> Int[Tensor, " classes found"]:
-    """Count the pixels of each class by what was found there, those that are `IGNORED` in the masks left out.
+    """Count the pixels of each class by what was found there, those that are `IGNORED_PIXEL` in the masks left out.
 
     Returns:
         [classes, classes + 1]; the last column is for pixels that were given no class.
     """
-    asked = masks != IGNORED
+    asked = masks != IGNORED_PIXEL
     pairs = masks[asked] * (num_classes + 1) + found[asked].clamp(max=num_classes)
     return torch.bincount(pairs, minlength=num_classes * (num_classes + 1)).view(num_classes, num_classes + 1)
 
@@ -125,7 +125,7 @@ def segmentation(counts: Int[Tensor, " classes found"], *, num_samples: int) -> 
     """
     if not counts.sum():
         raise ValueError("no pixel of the split has a class, so there is nothing to measure")
-    counts = counts.double()
+    counts = counts.cpu().double()
     right, there, found = counts.diagonal(), counts.sum(1), counts[:, :-1].sum(0)
     return [
         percent("mean_iou", (right / (there + found - right)).nanmean().item(), num_samples),

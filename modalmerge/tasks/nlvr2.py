@@ -32,11 +32,7 @@ def truth_logits(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " B 2"]:
     images = [model.begin_image(batch["pixel_values"][:, place], token_type=1 + place) for place in (0, 1)]
     image = Prefix("vision", torch.cat([each.hidden for each in images]))  # all first images, then all second ones
     twice = torch.arange(len(text.hidden), device=text.hidden.device).repeat(2)
-    if model.config.early_attention == "separate":
-        text, image = model.before_fusion(text).select(twice), model.before_fusion(image)
-    else:
-        text, image = model.begin_joint(text.select(twice), image)
-    hidden = model.fuse(text, image, read=FIRST)
+    hidden = model.fuse_pairs(text, image, texts=twice, read=FIRST)
     pooled = pooler(model.norm(hidden)[:, 0])  # (2B, D)
     return head(torch.cat(pooled.chunk(2), 1))
 

@@ -69,7 +69,7 @@ def features(model: ModalMergeModel, data: TaskData) -> tuple[Tensor, Tensor, Te
 
 def evaluate(model: ModalMergeModel, data: TaskData) -> list[Result]:
     """Recall over the whole split: every caption of every image in one gallery."""
-    return metrics.recalls(*metrics.ranks(*features(model, data)))
+    return metrics.recalls(*metrics.ranks(*(found.cpu() for found in features(model, data))))
 
 
 def predict(model: ModalMergeModel, data: TaskData, samples: list[int]) -> list[dict]:

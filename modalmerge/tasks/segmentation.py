@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from modalmerge.checkpoint import atomic_file, atomic_folder
-from modalmerge.data.arrays import MaskArrays
 from modalmerge.data.contract import Batch, TaskData, evaluation_batches
+from modalmerge.data.transforms import IGNORED_PIXEL
 from modalmerge.model import ModalMergeModel
 from modalmerge.records import Result
 from modalmerge.tasks import metrics
 from modalmerge.tasks.checks import check_classes, required
 from modalmerge.tasks.contract import Task
 
-EVALUATION_BATCH = 32  # of pictures in memory, which have one size; others are read one by one
+EVALUATION_BATCH = 32  # of pictures of one size
 AUXILIARY_WEIGHT = 0.4
 OVERLAP = 1 / 3  # of a window with the next one, at least; BEiT: windows of 640 pixels, 426 apart
 CLASSES_AT_ONCE = 16  # that are resized to a picture's own size, which can be 100 times the window's area
@@ -44,8 +44,8 @@ def layer_states(
 def pixel_loss(logits: Float[Tensor, " B classes h w"], masks: Int[Tensor, " B S S"]) -> Float[Tensor, ""]:
     """Cross-entropy of every pixel that has a class, logits resized to the masks; 0 where none has."""
     logits = functional.interpolate(logits, size=masks.shape[1:], mode="bilinear", align_corners=False)
-    total = functional.cross_entropy(logits, masks, ignore_index=metrics.IGNORED, reduction="sum")
-    return total / (masks != metrics.IGNORED).sum().clamp(min=1)
+    total = functional.cross_entropy(logits, masks, ignore_index=IGNORED_PIXEL, reduction="sum")
+    return total / (masks != IGNORED_PIXEL).sum().clamp(min=1)
 
 
 def loss(model: ModalMergeModel, batch: Batch) -> Float[Tensor, ""]:
@@ -103,14 +103,10 @@ def label_maps(logits: Float[Tensor, " B classes h w"], size: tuple[int, int]) -
     return chosen
 
 
-def _batches(data: TaskData) -> Iterator[Batch]:
-    return evaluation_batches(data, EVALUATION_BATCH if isinstance(data, MaskArrays) else 1)
-
-
 def _segmented(model: ModalMergeModel, data: TaskData) -> Iterator[tuple[Batch, Int[Tensor, " B H W"]]]:
     """Yield every batch with its label maps, of the size of its masks, or of its images where there are none."""
     check_classes("classes", model.config.classes, model.config.num_classes, data)
-    for batch in _batches(data):
+    for batch in evaluation_batches(data, EVALUATION_BATCH):
         wanted = batch["masks"] if "masks" in batch else batch["pixel_values"]
         yield batch, label_maps(image_logits(model, batch["pixel_values"]), tuple(wanted.shape[-2:]))
 
@@ -147,8 +143,8 @@ def chance(data: TaskData) -> float:
     """Mean intersection over union of guessing one of all classes at every pixel."""
     num = len(data.classes)
     right = torch.zeros(num, dtype=torch.float64)
-    for batch in _batches(data):
-        right += torch.bincount(batch["masks"][batch["masks"] != metrics.IGNORED], minlength=num).cpu()
+    for batch in evaluation_batches(data, EVALUATION_BATCH):
+        right += torch.bincount(batch["masks"][batch["masks"] != IGNORED_PIXEL], minlength=num).cpu()
     guessed = right.sum() / num
     return (100 * (right / num) / (right + guessed - right / num)).mean().item()
 

@@ -22,7 +22,7 @@ from modalmerge.tasks import metrics
 from modalmerge.tasks.checks import check_classes, required
 from modalmerge.tasks.contract import Task
 
-EVALUATION_BATCH = 100
+EVALUATION_BATCH = 100  # images
 FIRST = slice(0, 1)
 
 
@@ -38,12 +38,7 @@ def answer_logits(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " N A"]
     first token is computed.
     """
     text = model.begin_text(batch["input_ids"], batch["attention_mask"])
-    image, owner = model.begin_image(batch["pixel_values"]), batch["owner"]
-    if model.config.early_attention == "separate":
-        text, image = model.before_fusion(text), model.before_fusion(image).select(owner)
-    else:
-        text, image = model.begin_joint(text, image.select(owner))
-    hidden = model.fuse(text, image, read=FIRST)
+    hidden = model.fuse_pairs(text, model.begin_image(batch["pixel_values"]), images=batch["owner"], read=FIRST)
     return model.head("vqa")(model.head("pooler")(model.norm(hidden)[:, 0]))
 
 
@@ -71,7 +66,7 @@ def evaluate(model: ModalMergeModel, data: TaskData) -> list[Result]:
     for batch, logits in _scored(model, data):
         targets, best = required(batch, "targets"), logits.argmax(1)
         if "human_answers" not in batch:
-            right.append(metrics.hits(logits, targets.argmax(1)).double())
+            right.append(metrics.hits(logits, targets.argmax(1)))
             continue
         numbers = ~logits.isnan().any(1)
         said = [data.classes[number] for number in best.tolist()]

@@ -44,7 +44,7 @@ class TrainSettings:
         learning_rate: the highest.
         random_seed: decides samples, captions, masks, negatives and dropout of every step.
         warmup_fraction: share of the steps in which the learning rate rises, in [0, 1).
-        weight_decay: of all but norms, biases and position tables.
+        weight_decay: of all but norms, biases and position tables; see `decay_vectors`.
         betas: of AdamW; (0.9, 0.98) is the source's.
         head_rate_factor: factor on the learning rate of `CLASSIFIERS`.
         clip_norm: largest norm of the gradient; 0: not clipped, as in the source.
@@ -58,6 +58,8 @@ class TrainSettings:
             `batch_size`; from there on, and with 0, the batch goes through whole.
         layer_decay: factor on the learning rate from each layer to the one below it, in (0, 1]; embeddings lie below
             the first layer, the final norm, the heads and the position table above the last.
+        decay_vectors: whether the other vectors (the scales of residual branches) and [CLS] decay as well, as in the
+            source; in BEiT they do not.
         num_workers: processes that make batches ahead; no number depends on it.
     """
 
@@ -76,6 +78,7 @@ class TrainSettings:
     warmup_steps: int = 0
     micro_batch_size: int = 0
     layer_decay: float = 1.0
+    decay_vectors: bool = True
     num_workers: int = field(default=0, repr=False)  # a checkpoint goes on whatever it is
 
     def __post_init__(self) -> None:
@@ -190,9 +193,9 @@ def train(
 def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
     """Split parameters by weight decay (none on norms, biases, position tables) and learning rate (heads, layers).
 
-    Source: the authors' groups; layer-wise decay is BEiT's. Departures: the authors' list misses the per-modality
-    norms (`norm1.v.weight`), which then decay; here no norm does. The one position table of all layers has the full
-    rate, as BEiT's shared one.
+    Source: the authors' groups; layer-wise decay and what decays without `decay_vectors` are BEiT's. Departures: the
+    authors' list misses the per-modality norms (`norm1.v.weight`), which then decay; here no norm does. BEiT's position
+    tables decay, here none does. The one position table of all layers has the full rate, as BEiT's shared one.
     """
     names = [name for name, _ in model.named_parameters()]
     top = 1 + max((_depth(name) for name in names), default=0)
@@ -200,6 +203,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
     for name, parameter in model.named_parameters():
         words = name.split(".")
         free = words[-1] in ("bias", "q_bias", "v_bias", "position_bias_table") or any("norm" in w for w in words)
+        free |= not settings.decay_vectors and (parameter.ndim == 1 or words[-1] == "cls_token")
         factor = settings.layer_decay ** (top - _depth(name, above=top))
         if words[0] == "heads" and words[1] in CLASSIFIERS:
             factor *= settings.head_rate_factor

@@ -17,9 +17,10 @@ from modalmerge.data.batches import step_generator, step_samples
 from modalmerge.data.contract import Batch, TaskData
 from modalmerge.data.text import continuation_ids, mask_words, word_index
 from modalmerge.merge.procedures.healing import distillation_loss
-from modalmerge.model import ModalMergeConfig, ModalMergeModel, change_config, expand_experts, expert_map
+from modalmerge.model import ModalMergeConfig, ModalMergeModel, change_config, draw_model, expand_experts, expert_map
 from modalmerge.registry import find
 from modalmerge.tasks import TASKS
+from modalmerge.tasks.masked import MASKED_FRACTION
 from modalmerge.train.loop import Report, TrainSettings, train
 from modalmerge.train.objectives import PretrainingBatch, pretraining_losses
 
@@ -28,7 +29,6 @@ _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_size", "image_size", "patch_size", "vocab_size",
     "max_text_length", "text_position_range", "fusion_start", "early_attention",
 )  # fmt: skip
-MASKED_FRACTION = 0.25  # of the words, as in the authors' pre-training command
 
 
 def initial_model(config: ModalMergeConfig, random_seed: int, *, shared_start: bool = True) -> ModalMergeModel:
@@ -37,11 +37,9 @@ def initial_model(config: ModalMergeConfig, random_seed: int, *, shared_start: b
     Args:
         shared_start: with experts, all experts of a part start from the same weights; else each from its own.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed)
-        if not shared_start:
-            return ModalMergeModel(config)
-        shared = ModalMergeModel(change_config(config, experts=expert_map("agnostic", config.num_hidden_layers)))
+    if not shared_start:
+        return draw_model(config, random_seed)
+    shared = draw_model(change_config(config, experts=expert_map("agnostic", config.num_hidden_layers)), random_seed)
     return start_experts(shared, config.experts) if any(config.experts) else shared
 
 
@@ -150,9 +148,7 @@ def with_task_head(
         classes=list(classes),
         num_token_types=max(old.num_token_types, 3 if "nlvr2" in heads else 0),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed)
-        tuned = ModalMergeModel(config)
+    tuned = draw_model(config, random_seed)
     others: tuple[str, ...] = ()  # heads for other classes
     for key, classifiers in (("answers", ("vqa",)), ("classes", ("segmentation", "classification"))):
         before, after = getattr(old, key), getattr(config, key)

@@ -5,6 +5,8 @@ The files are Arrow IPC files with one row an image (or pair), named `coco_capti
 
 - VQA has the in-vocabulary answers and their soft scores, not what ten people answered: rows get the columns
   `answer_labels` and `answer_scores` in place of `answers`, and the official accuracy cannot be computed.
+- Of its vocabulary it has the answers that people gave in the files that are there. The name of another is not known:
+  its class is called `(answer 17)`.
 - NLVR2 has the identifier of a pair, not of its statements; they are numbered by their place.
 
 Source: ylsung/vl-merging, src/vilt/utils/write_*.py and src/vilt/datasets.
@@ -12,8 +14,9 @@ Source: ylsung/vl-merging, src/vilt/utils/write_*.py and src/vilt/datasets.
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +117,16 @@ def _captions(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scored_questions(values: Mapping[str, Any]) -> dict[str, Any]:
+    # test splits have none
+    scored = {
+        column: take_list(values, column, list) if values[column] else []
+        for column in ("answer_labels", "answer_scores")
+    }
     return {
         "image_id": take(values, "image_id", int),
         "questions": take_list(values, "questions", str),
         "question_ids": take_list(values, "question_id", int),
-        # test splits have none
-        "answer_labels": values["answer_labels"] or [],
-        "answer_scores": values["answer_scores"] or [],
+        **scored,
     }
 
 
@@ -144,26 +150,40 @@ def _answers(root: Path) -> list[str]:
     """Collect the vocabulary from the answers that stand beside their numbers.
 
     Raises:
-        ValueError: a number has two answers, or a number below the largest has none.
+        ValueError: a number has two answers or a row more numbers than answers; more have no answer than have one.
     """
     found: dict[int, str] = {}
     for split in _VQAV2.splits_there(root):
         for path in _VQAV2.there(root, split):
-            for values in _values(path, ("answers", "answer_labels"), ()):
-                for answers, labels in zip(values["answers"] or [], values["answer_labels"] or [], strict=True):
-                    for answer, label in zip(answers, labels, strict=True):
-                        if found.setdefault(label, answer) != answer:
-                            raise ValueError(
-                                f"{path}: answer {label} is {answer!r} here and {found[label]!r} before; "
-                                "the files are not of one conversion"
-                            )
-    missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
-    if missing:
+            for place, values in enumerate(_values(path, ("answers", "answer_labels"), ())):
+                answers, labels = values["answers"] or [], values["answer_labels"] or []
+                if [*map(len, answers)] != [*map(len, labels)]:
+                    raise ValueError(
+                        f"{path}, row {place}: has {[*map(len, answers)]} answers, but {[*map(len, labels)]} "
+                        "answer_labels; copy the file again from where it was written"
+                    )
+                for answer, label in zip(chain(*answers), chain(*labels), strict=True):
+                    if found.setdefault(label, answer) != answer:
+                        raise ValueError(
+                            f"{path}: answer {label} is {answer!r} here and {found[label]!r} before; "
+                            "the files are not of one conversion"
+                        )
+    num_classes = max(found, default=-1) + 1
+    if num_classes > 2 * len(found):
         raise ValueError(
-            f"{root}: no file names the answer {missing[0]} ({len(missing)} are missing); "
+            f"{root}: the files name {len(found)} answers, but have one of number {num_classes - 1}; "
             "put vqav2_train.arrow and both parts of validation there together"
         )
-    return [found[label] for label in range(len(found))]
+    return [found.get(label, f"(answer {label})") for label in range(num_classes)]
+
+
+def _notes(classes: Sequence[str]) -> tuple[str, ...]:
+    unnamed = [number for number, name in enumerate(classes) if name == f"(answer {number})"]
+    told = ["the authors' files have soft scores of answers, not what people answered: no official accuracy"]
+    if unnamed:
+        first = classes[unnamed[0]]
+        told.append(f"no file names {len(unnamed)} of {len(classes)} answers; the first of them is called {first!r}")
+    return tuple(told)
 
 
 _KARPATHY = ("train", "restval", "val", "test")
@@ -207,10 +227,12 @@ READERS = {
         _VQAV2,
         classes=_answers,
         columns=SCORED_QUESTIONS,
-        notes=("the authors' files have soft scores of answers, not what people answered: no official accuracy",),
+        notes=_notes,
     ),
     "nlvr2": _reader(
         _NLVR2,
-        notes=("the authors' files number no statements: identifiers end in places, no consistency or submission",),
+        notes=lambda classes: (
+            "the authors' files number no statements: identifiers end in places, no consistency or submission",
+        ),
     ),
 }

@@ -1,18 +1,28 @@
 """Readers of images with captions: COCO, Flickr30k, Visual Genome, SBU and Conceptual Captions as folders of images."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modalmerge.data.prepare.rows import FilePart, Problem, Reader, Row, Unusable, each, read_json, take, take_list
+from modalmerge.data.prepare.rows import (
+    FilePart,
+    Problem,
+    Reader,
+    Row,
+    Unusable,
+    each,
+    look_at_json,
+    read_json,
+    take,
+    take_list,
+)
 
+KARPATHY = ("train", "restval", "val", "test")
 NAME_PREFIX = 4  # SBU and CC3M keep an image in a folder named by the first characters of its name
 
 # -- COCO and Flickr30k, in Karpathy's split -----------------------------------------------------------------
-
-KARPATHY = ("train", "restval", "val", "test")
 
 
 def _karpathy_rows(annotation: str, images: str, root: Path, split: str) -> Iterable[Row | Problem]:
@@ -40,16 +50,15 @@ def _karpathy_row(images: str, entry: Any) -> Row:
     return Row(name, {"image": FilePart(f"{folder}/{name}")}, {"captions": captions, "image_id": name})
 
 
-def _karpathy_reader(annotation: str, images: str, splits: tuple[str, ...]) -> Reader:
-    return Reader(rows=partial(_karpathy_rows, annotation, images), splits=lambda root: splits)
-
-
 # -- Visual Genome -------------------------------------------------------------------------------------------
+
+
+REGIONS = "annotations/region_descriptions.json"
 
 
 def _visual_genome_rows(root: Path, split: str) -> Iterable[Row | Problem]:
     """Read the phrases of every image's regions; where the regions are is left out."""
-    entries = read_json(root / "annotations" / "region_descriptions.json", list)
+    entries = read_json(root / REGIONS, list, keys=("id", "regions", "phrase"))
     second = root / "images" / "VG_100K_2"
     in_second = frozenset(os.listdir(second)) if second.is_dir() else frozenset()
     return list(each(split, entries, partial(_visual_genome_row, in_second)))
@@ -83,15 +92,34 @@ def _pair_row(images: str, entry: Any) -> Row:
     return Row(name, {"image": image}, {"captions": [caption], "image_id": name})
 
 
-def _conceptual_splits(root: Path) -> tuple[str, ...]:
-    there = tuple(split for split in ("train", "val") if (root / f"{split}_annot.json").exists())
-    return there or ("train",)  # its missing file is told
+# -- the sets ------------------------------------------------------------------------------------------------
+
+
+def _reader(rows: Callable[[Path, str], Iterable[Row | Problem]], annotation: str, splits: Sequence[str]) -> Reader:
+    """Make a reader of splits whose annotation files are named by `annotation`."""
+
+    def path(root: Path, split: str) -> Path:
+        return root / annotation.format(split=split)
+
+    return Reader(
+        rows=rows,
+        splits=lambda root: tuple(split for split in splits if path(root, split).exists()),
+        look=lambda root, split: look_at_json(path(root, split)),
+    )
+
+
+def _karpathy_reader(annotation: str, images: str, splits: Sequence[str]) -> Reader:
+    return _reader(partial(_karpathy_rows, annotation, images), annotation, splits)
+
+
+def _pair_reader(annotation: str, images: str, splits: Sequence[str]) -> Reader:
+    return _reader(partial(_pair_rows, annotation, images), annotation, splits)
 
 
 READERS = {
     "coco": _karpathy_reader("karpathy/dataset_coco.json", "", KARPATHY),
     "flickr30k": _karpathy_reader("karpathy/dataset_flickr30k.json", "flickr30k-images", ("train", "val", "test")),
-    "visual_genome": Reader(rows=_visual_genome_rows, splits=lambda root: ("train",)),
-    "sbu": Reader(rows=partial(_pair_rows, "annot.json", "images_train"), splits=lambda root: ("train",)),
-    "cc3m": Reader(rows=partial(_pair_rows, "{split}_annot.json", "images_{split}"), splits=_conceptual_splits),
+    "visual_genome": _reader(_visual_genome_rows, REGIONS, ("train",)),
+    "sbu": _pair_reader("annot.json", "images_train", ("train",)),
+    "cc3m": _pair_reader("{split}_annot.json", "images_{split}", ("train", "val")),
 }

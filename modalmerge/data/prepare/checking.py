@@ -9,9 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from modalmerge.data.prepare.engine import Progress, no_progress, workers
+from modalmerge.data.prepare.engine import Progress, no_progress
 from modalmerge.data.prepare.kinds import KINDS
 from modalmerge.data.prepare.manifest import Prepared, file_digest, read_manifest, read_record
+from modalmerge.data.prepare.processes import workers
 from modalmerge.data.prepare.rows import Problem, Unusable
 
 
@@ -42,6 +43,8 @@ def check(folder: Path, *, fast: bool = False, num_workers: int = 1, progress: P
     """
     prepared = read_manifest(folder)
     problems = [] if prepared.splits else [Problem("", "no split is prepared; the same `data prepare` goes on")]
+    begun = {path.parent.name for path in folder.glob("*/*.arrow")} - set(prepared.splits)
+    problems += [Problem(split, "is begun but not whole; the same `data prepare` goes on") for split in sorted(begun)]
     with workers(num_workers) as spread:
         for split, said in prepared.splits.items():
             found = []

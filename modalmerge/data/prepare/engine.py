@@ -1,19 +1,14 @@
 """Turn the rows that a reader describes into Arrow files: in parallel, in parts that are whole or not there at all."""
 
-import collections
 import contextlib
 import dataclasses
 import itertools
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import xxhash
@@ -23,6 +18,7 @@ from modalmerge.data.datasets import DATASETS, Known
 from modalmerge.data.prepare.forms import FORMS, form_of
 from modalmerge.data.prepare.kinds import KINDS, Kind, features_of
 from modalmerge.data.prepare.manifest import (
+    LISTED_PROBLEMS,
     MANIFEST,
     Part,
     Prepared,
@@ -30,14 +26,13 @@ from modalmerge.data.prepare.manifest import (
     file_digest,
     read_manifest,
     read_record,
+    write_problems,
     write_record,
     write_whole,
 )
-from modalmerge.data.prepare.rows import Problem, Row, Unusable
+from modalmerge.data.prepare.processes import Spread, alone_in, workers
+from modalmerge.data.prepare.rows import Problem, Reader, Row, Unusable, without_blanks
 from modalmerge.registry import find, unknown
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 ROWS_PER_PART = 1000  # about 150 MB of COCO, and the most that an interruption costs a worker
 ROWS_AT_ONCE = 100  # rows of an Arrow batch, in memory together while it is written
@@ -77,15 +72,17 @@ def prepare(
         form: which form the files have, a name of FORMS; "": whichever `root` holds.
         num_workers: processes that read, decode and write; 1: this one.
         rows_per_part: rows of an Arrow file.
-        again: whether parts that something was left out of are made again, now that it may be there.
+        again: whether parts are made again that something was left out of, or that the annotations, shards or folders
+            under `root` say something else of by now.
         progress: called with the name of a split, gives what is told how many of its rows are done, and of how many.
 
     Returns:
         What `prepared.json` holds at the end.
 
     Raises:
-        ValueError: an unknown name, split or form; annotations that are missing or no JSON; `out` holds another set, or
-            one made with other settings or from other annotations.
+        ValueError: an unknown name, split or form, or files in two forms; annotations that are missing or no JSON;
+            `out` holds another set, or one made with other settings or from other annotations, or another process
+            prepares into it.
     """
     dataset = find(DATASETS, name, "data set")
     if not dataset.is_public:
@@ -104,69 +101,107 @@ def prepare(
     for split in splits:
         if split not in available:
             raise unknown(split, available, f"split of {name} under {root}")
-    prepared = _begin(
-        Prepared(
-            name=name,
-            kind=dataset.kind,
-            splits={},
-            classes=tuple(reader.classes(root)),
-            notes=tuple(Problem("", note) for note in reader.notes),
-            settings={"root": str(root.resolve()), "form": form, "rows_per_part": rows_per_part},
-        ),
-        out,
-    )
-    kind = KINDS[dataset.kind]
-    job = Job(
+    chosen = tuple(splits) or available
+    for split in chosen:
+        reader.look(root, split)
+    classes = tuple(reader.classes(root))
+    wanted = Prepared(
+        name=name,
         kind=dataset.kind,
-        root=root,
-        out=out,
-        columns=reader.columns,
-        num_classes=len(prepared.classes),
-        again=again,
+        splits={},
+        classes=classes,
+        notes=tuple(Problem("", note) for note in reader.notes(classes)),
+        settings={"root": str(root.resolve()), "form": form, "rows_per_part": rows_per_part},
     )
-    with workers(num_workers) as spread:
-        for split in splits or available:
-            described = reader.rows(root, split)
+    with alone_in(out), workers(num_workers) as spread:
+        prepared = _begin(wanted, out)
+        job = Job(
+            kind=dataset.kind,
+            root=root,
+            out=out,
+            columns=reader.columns,
+            num_classes=len(prepared.classes),
+            again=again,
+        )
+        for split in chosen:
             known = dataset.splits.get(split, Known())
-            # a reader that goes through shards cannot say how many rows there are: about as many as are known
-            total = len(described) if isinstance(described, Sized) else known.rows or 0
-            problems: list[Problem] = []
-            parts = []
-            tasks = _tasks(split, _usable(kind, split, described, problems), rows_per_part)
             with progress(split) as report:
-                for part in spread(partial(write_part, job), tasks):
-                    parts.append(part)
-                    done = sum(made.num_rows + len(made.problems) for made in parts) + len(problems)
-                    report(done, max(done, total))
-            problems += [problem for part in parts for problem in part.problems]
-            prepared = _with_split(prepared, split, parts, problems, known)
+                parts, problems = _write_split(job, reader, split, known, rows_per_part, spread, report)
+            prepared, problems = _with_split(prepared, split, parts, problems, known)
+            write_problems(out / split, problems)
             write_whole(out / MANIFEST, prepared.to_json())
     return prepared
 
 
 def _begin(wanted: Prepared, out: Path) -> Prepared:
-    """Read what `out` holds already, or begin it; refuse what was prepared otherwise."""
-    if not (out / MANIFEST).exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / MANIFEST, wanted.to_json())
-        return wanted
-    found = read_manifest(out)
+    """Read what `out` holds already, or begin it; refuse what was prepared otherwise.
+
+    Where the files came from is no such thing: the parts say whether they were made from the same annotations.
+    """
+    found = read_manifest(out) if (out / MANIFEST).exists() else wanted
+    if not found.splits and not any(out.glob("*/*.arrow")):  # nothing is made yet, so that nothing binds
+        found = wanted
+    settings = [setting for setting in wanted.settings if setting != "root"]
     for what, there, asked in (
         ("data set", found.name, wanted.name),
-        *((setting, found.settings.get(setting), value) for setting, value in wanted.settings.items()),
-        ("list of classes", f"{len(found.classes)} of them", f"{len(wanted.classes)} of them"),
+        *((setting, found.settings.get(setting), wanted.settings[setting]) for setting in settings),
     ):
-        if there != asked or (what == "list of classes" and found.classes != wanted.classes):
-            raise ValueError(
-                f"{out} was prepared with another {what}: {there}, got {asked}; give the same, or another folder"
-            )
-    return found
+        if there != asked:
+            raise _otherwise(out, what, there, asked)
+    # without classes no row has one, so that they may come later, as the annotations of VQA may
+    if found.classes and wanted.classes and found.classes != wanted.classes:
+        raise _otherwise(out, "list of classes", f"{len(found.classes)} of them", f"{len(wanted.classes)} of them")
+    source = wanted if wanted.classes or not found.classes else found
+    notes = (*(note for note in source.notes if not note.split), *(note for note in found.notes if note.split))
+    begun = dataclasses.replace(found, classes=source.classes, notes=notes, settings=wanted.settings)
+    write_whole(out / MANIFEST, begun.to_json())
+    return begun
+
+
+def _otherwise(out: Path, what: str, there: Any, asked: Any) -> ValueError:
+    return ValueError(f"{out} was prepared with another {what}: {there}, got {asked}; give the same, or another folder")
+
+
+def _write_split(
+    job: "Job", reader: Reader, split: str, known: Known, rows_per_part: int, spread: Spread, report: Report
+) -> tuple[list[Part], list[Problem]]:
+    """Write the parts of a split that are not there yet; return all parts and problems of it.
+
+    Raises:
+        ValueError: parts are there that were made from other annotations, and are not to be made again.
+    """
+    described = reader.rows(job.root, split)
+    # a reader that goes through shards cannot say how many rows there are: about as many as are known
+    total = len(described) if isinstance(described, Sized) else known.rows or 0
+    problems: list[Problem] = []
+    parts = []
+    tasks = _tasks(split, _usable(KINDS[job.kind], split, described, problems), rows_per_part)
+    done = 0
+    for part in spread(partial(write_part, job), tasks):
+        parts.append(part)
+        done += part.num_rows + len(part.problems)
+        report(done + len(problems), max(done + len(problems), total))
+    for path in sorted({*(job.out / split).glob("*.arrow")} - {job.out / part.file for part in parts}):
+        if not job.again:
+            raise _from_others(path, job.root)
+        path.unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)
+    return parts, [*problems, *(problem for part in parts for problem in part.problems)]
+
+
+def _from_others(path: Path, root: Path) -> ValueError:
+    return ValueError(
+        f"{path} was made from other annotations than those under {root}; --again makes what differs anew, or "
+        "prepare into another folder"
+    )
 
 
 def _usable(kind: Kind, split: str, described: Iterable[Row | Problem], problems: list[Problem]) -> Iterator[Row]:
     """Let rows through whose ids are new; put what the reader found, and ids that come again, into `problems`."""
     seen: set[str] = set()
-    for row in described:
+    for row in itertools.chain.from_iterable(
+        (item,) if isinstance(item, Problem) else without_blanks(split, item) for item in described
+    ):
         if isinstance(row, Problem):
             problems.append(row)
             continue
@@ -180,21 +215,25 @@ def _usable(kind: Kind, split: str, described: Iterable[Row | Problem], problems
 
 
 def _tasks(split: str, rows: Iterator[Row], rows_per_part: int) -> Iterator[tuple[str, list[Row]]]:
-    """Cut rows into parts; yield the file and the rows of each."""
-    for number in itertools.count():
-        part = list(itertools.islice(rows, rows_per_part))
-        if not part:
-            return
-        yield f"{split}/part-{number:05d}.arrow", part
+    """Cut rows into parts, each of one shard; yield the file and the rows of each."""
+    for shard, own in itertools.groupby(rows, key=lambda row: row.shard):
+        stem = f"{shard}-part" if shard else "part"
+        for number, part in enumerate(_pieces(own, rows_per_part)):
+            yield f"{split}/{stem}-{number:05d}.arrow", part
+
+
+def _pieces(rows: Iterator[Row], length: int) -> Iterator[list[Row]]:
+    while piece := list(itertools.islice(rows, length)):
+        yield piece
 
 
 def _with_split(
     prepared: Prepared, split: str, parts: Sequence[Part], problems: Sequence[Problem], known: Known
-) -> Prepared:
-    """Add a finished split, and hold its numbers against the known ones."""
+) -> tuple[Prepared, list[Problem]]:
+    """Add a finished split, and hold its numbers against the known ones; return all of its problems beside."""
     num_rows = sum(part.num_rows for part in parts)
     num_samples = sum(part.num_samples for part in parts)
-    found = list(problems)
+    found: list[Problem] = []
     notes: list[Problem] = []
     if not num_rows:
         found.append(Problem(split, "the split is empty"))
@@ -208,14 +247,19 @@ def _with_split(
             (notes if unconfirmed else found).append(
                 Problem(split, f"{expected:,} {what} {said} in the whole split, got {count:,}")
             )
+    found += problems
     files = tuple(part.file for part in parts if part.num_rows)
     others = {name: entry for name, entry in prepared.splits.items() if name != split}
-    return dataclasses.replace(
+    with_it = dataclasses.replace(
         prepared,
-        splits={**others, split: Split(files=files, num_rows=num_rows, num_samples=num_samples)},
-        problems=(*(problem for problem in prepared.problems if problem.split != split), *found),
+        splits={
+            **others,
+            split: Split(files=files, num_rows=num_rows, num_samples=num_samples, num_problems=len(found)),
+        },
+        problems=(*(problem for problem in prepared.problems if problem.split != split), *found[:LISTED_PROBLEMS]),
         notes=(*(note for note in prepared.notes if note.split != split), *notes),
     )
+    return with_it, found
 
 
 # -- one part, in a process of its own ----------------------------------------------------------------------
@@ -244,18 +288,16 @@ def write_part(job: Job, task: tuple[str, list[Row]]) -> Part:
         Its record, which is also written beside it.
 
     Raises:
-        ValueError: the part is there, made from other rows.
+        ValueError: the part is there, made from other rows, and is not to be made again.
     """
     file, rows = task
     path, split = job.out / file, file.partition("/")[0]
     source = xxhash.xxh3_128_hexdigest(repr(rows).encode("utf-8", "backslashreplace"))
     made = read_record(path)
     if made and path.is_file() and path.stat().st_size == made.num_bytes:
-        if made.source != source:
-            raise ValueError(
-                f"{path} was made from other annotations than those under {job.root}; prepare into another folder"
-            )
-        if not (job.again and made.problems):
+        if made.source != source and not job.again:
+            raise _from_others(path, job.root)
+        if made.source == source and not (job.again and made.problems):
             return made
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -286,8 +328,8 @@ def _write_rows(job: Job, split: str, rows: Sequence[Row], path: Path) -> tuple[
         for row in rows:
             try:
                 images = {column: where.read(job.root) for column, where in row.images.items()}
-                kind.check(row.values, images, job.num_classes)
                 _check_types(row.values, features.arrow_schema)
+                kind.check(row.values, images, job.num_classes)
             except Unusable as error:
                 problems.append(Problem(split, str(error), row.id))
                 continue
@@ -304,48 +346,3 @@ def _check_types(values: Mapping[str, Any], schema: pa.Schema) -> None:
         pa.RecordBatch.from_pylist([values], schema=pa.schema([schema.field(column) for column in values]))
     except (ValueError, TypeError, OverflowError) as error:  # no Unicode, not the column's type, too large for it
         raise Unusable(f"does not fit its columns: {error}") from None
-
-
-# -- processes ----------------------------------------------------------------------------------------------
-
-Spread = Callable[[Callable[[T], U], Iterable[T]], Iterable[U]]
-
-
-@contextlib.contextmanager
-def workers(num_workers: int) -> Iterator[Spread]:
-    """Give a `map` over processes that keeps the order and runs no more than a little ahead.
-
-    Args:
-        num_workers: processes; 1: none, the work is done here.
-
-    Raises:
-        ValueError: a process died, as it does where memory runs out.
-    """
-    if num_workers == 1:
-        yield map
-        return
-    # spawned, as a fork of a process with threads (a bar on the terminal has one) may hang
-    context = multiprocessing.get_context("spawn")
-    # Ctrl-C ends this process, which lets the others finish the parts that they are at
-    pool = ProcessPoolExecutor(
-        num_workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
-    try:
-        yield partial(_spread, pool, 2 * num_workers)
-    except BrokenProcessPool:
-        raise ValueError(
-            f"one of {num_workers} processes was ended, as where memory runs out; the same command goes on, "
-            "with fewer --workers it needs less memory"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _spread(pool: Executor, depth: int, function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    ahead: collections.deque[Future[U]] = collections.deque()
-    for item in items:
-        ahead.append(pool.submit(function, item))
-        if len(ahead) == depth:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()

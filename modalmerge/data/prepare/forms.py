@@ -22,8 +22,12 @@ FORMS: Mapping[str, Mapping[str, Reader]] = {
 
 
 def form_of(name: str, root: Path) -> str:
-    """Say which form the files of a set have under `root`: the official one, unless there are files of another only."""
-    for form, readers in FORMS.items():
-        if form != OFFICIAL and name in readers and readers[name].splits(root):
-            return form
-    return OFFICIAL
+    """Say which form the files of a set have under `root`; the official one where there are none.
+
+    Raises:
+        ValueError: there are files of more than one.
+    """
+    found = [form for form, readers in FORMS.items() if name in readers and readers[name].splits(root)]
+    if len(found) > 1:
+        raise ValueError(f"{root} has files of {name} in the forms {' and '.join(found)}; name one of them with --form")
+    return found[0] if found else OFFICIAL

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Features, List, Value
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from modalmerge.data.prepare.rows import Unusable
 
@@ -33,6 +33,10 @@ def decode(content: bytes) -> Image.Image:
             image.load()
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise Unusable(f"the image is too large: {error}") from None
+        except UnidentifiedImageError:  # its own message holds an address in memory, another on every run
+            raise Unusable(
+                f"the image cannot be decoded: it is none of {', '.join(FORMATS)} and begins with {content[:12]!r}"
+            ) from None
         except Exception as error:  # PIL's readers answer broken files by errors of nearly every type
             raise Unusable(f"the image cannot be decoded: {error or type(error).__name__}") from None
     return image
@@ -97,10 +101,14 @@ class Kind:
             allowed = {self.num_samples(values), *((0,) if column in _WITHHELD else ())}
             if column in values and len(values[column]) not in allowed:
                 raise Unusable(f"has {self.num_samples(values)} {self.texts}, but {len(values[column])} {column}")
+        each = [[len(answers) for answers in values.get(column, ())] for column in ("answer_labels", "answer_scores")]
+        if each[0] != each[1]:
+            raise Unusable(f"its questions have {each[0]} answer_labels, but {each[1]} answer_scores")
         for column, count in (("label", num_classes), ("labels", 2), ("answer_labels", num_classes)):
             for label in _flat(values.get(column, [])):
                 if not 0 <= label < count:
-                    raise Unusable(f"the label {label} is out of range: 0 to {count - 1} are allowed")
+                    told = f"0 to {count - 1} are allowed" if count else "the set has no classes"
+                    raise Unusable(f"the label {label} is out of range: {told}")
 
 
 # columns that are empty where a test split withholds its answers

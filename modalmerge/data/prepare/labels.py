@@ -33,13 +33,15 @@ _WNID = re.compile(r"n\d{8}")
 
 
 def splits(root: Path) -> tuple[str, ...]:
-    """List the splits; all are always there."""
-    return SPLITS
+    """List the splits whose folder, or yaml file, is there."""
+    if _is_tsv(root):
+        return tuple(split for split in SPLITS if _yaml(root, _part(split)).exists())
+    return tuple(split for split in SPLITS if (root / _part(split)).is_dir())
 
 
 def rows(root: Path, split: str) -> Iterator[Row | Problem]:
     """List the images of one split with their classes."""
-    listed = (_tsv_rows if _is_tsv(root) else _folder_rows)(root, "val" if split == "val" else "train")
+    listed = (_tsv_rows if _is_tsv(root) else _folder_rows)(root, _part(split))
     number = 0
     for item in listed:
         if isinstance(item, Row):
@@ -53,6 +55,10 @@ def rows(root: Path, split: str) -> Iterator[Row | Problem]:
 def classes(root: Path) -> list[str]:
     """List the wnids of the classes by number; of the TSV form, which has none, the numbers themselves."""
     return [str(number) for number in range(NUM_CLASSES)] if _is_tsv(root) else _wnids(root)
+
+
+def _part(split: str) -> str:
+    return "val" if split == "val" else "train"
 
 
 def _is_tsv(root: Path) -> bool:
@@ -124,7 +130,7 @@ class _Tsv:
         index = (root / path).with_suffix(".lineidx")
         if index.exists():
             text = index.read_text(errors="replace").split()
-            self.ends = [*(int(start) if start.isdecimal() else -1 for start in text), (root / path).stat().st_size]
+            self.ends = [*map(_number, text), (root / path).stat().st_size]
             if self.ends[0] != 0 or any(one >= other for one, other in pairwise(self.ends)):
                 raise ValueError(f"{index} does not fit {path}; delete it, as it can be done without")
         else:
@@ -205,7 +211,7 @@ def _settings(root: Path, part: str) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; put the file there, or give another --root") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML ({error})") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a mapping with img and caption, got {settings!r}")
@@ -246,10 +252,16 @@ def _lines(root: Path, part: str, settings: dict[str, Any], images: list[_Tsv]) 
         ) from None
     for number, line in enumerate(text.splitlines()):
         cells = line.split("\t")
-        if len(cells) < 2 or not all(cell.strip().isdecimal() for cell in cells[:2]):
-            raise ValueError(f"{path}, line {number + 1}: must be numbers with a tab between, got {line!r}")
+        numbers = [_number(cell.strip()) for cell in cells[:2]]
+        if len(numbers) < 2 or min(numbers) < 0:
+            raise ValueError(f"{path}, line {number + 1}: must be numbers with a tab between, got {line[:60]!r}")
         # a line of the list is file, line and caption; where there is one file, line and caption
-        yield (int(cells[0]), int(cells[1])) if settings.get("composite") else (0, int(cells[0]))
+        yield (numbers[0], numbers[1]) if settings.get("composite") else (0, numbers[0])
+
+
+def _number(text: str) -> int:
+    """Read a number of a list of lines; -1 where it is none. Python reads none of more than 4,300 digits."""
+    return int(text) if text.isdecimal() and len(text) < 20 else -1
 
 
 READERS = {"imagenet": Reader(rows=rows, splits=splits, classes=classes)}

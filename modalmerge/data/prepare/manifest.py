@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from modalmerge.registry import find
 
 SCHEMA = 1
 MANIFEST = "prepared.json"
+ALL_PROBLEMS = "problems.jsonl"  # in the folder of a split that has more than are listed
+LISTED_PROBLEMS = 1000  # of a split; hundreds of thousands would be read at every start of a training run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,13 @@ class Split:
         files: its parts, below the prepared folder, in order.
         num_rows: images, or pairs of images.
         num_samples: captions, questions or statements; images where the rows have no texts.
+        num_problems: all that was left out or is not as known, listed or not.
     """
 
     files: tuple[str, ...]
     num_rows: int
     num_samples: int
+    num_problems: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,8 @@ class Prepared:
         kind: what its rows hold, a name of KINDS.
         splits: the splits that are prepared whole, by name.
         classes: names of the answers or classes by number; () where there are none.
-        problems: what was left out, and the numbers that differ from the known ones.
+        problems: what was left out, and the numbers that differ from the known ones; of every split the first
+            LISTED_PROBLEMS. Where there are more, ALL_PROBLEMS in the split's folder has all of them, one a line.
         notes: what is worth knowing and no problem.
         settings: what it was prepared with; another preparation into the same folder must have the same.
     """
@@ -54,6 +59,10 @@ class Prepared:
     problems: tuple[Problem, ...] = ()
     notes: tuple[Problem, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_problems(self) -> int:
+        return sum(split.num_problems for split in self.splits.values())
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
@@ -84,8 +93,22 @@ class Part:
 
 def write_whole(path: Path, content: Any) -> None:
     """Write JSON so that the file is there whole or not at all."""
+    _write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_problems(folder: Path, problems: Sequence[Problem]) -> None:
+    """Write all problems of a split into its folder, if they are more than the manifest lists."""
+    path = folder / ALL_PROBLEMS
+    if len(problems) > LISTED_PROBLEMS:
+        folder.mkdir(exist_ok=True)
+        _write_text(path, "".join(f"{json.dumps(problem.to_json())}\n" for problem in problems))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -147,11 +170,16 @@ def read_manifest(folder: Path) -> Prepared:
             raise Unusable(f"schema must be {SCHEMA}, got {found['schema']}")
         kind = take(found, "kind", str)
         find(KINDS, kind, "kind of data")
+        problems = _problems(found, "problems")
         splits = {
             name: Split(
                 files=tuple(stay_inside(file) for file in take_list(split, "files", str)),
                 num_rows=take(split, "num_rows", int),
                 num_samples=take(split, "num_samples", int),
+                # sets that were prepared before it was counted list all of them
+                num_problems=take(split, "num_problems", int)
+                if "num_problems" in split
+                else sum(problem.split == name for problem in problems),
             )
             for name, split in take(found, "splits", dict).items()
         }
@@ -160,7 +188,7 @@ def read_manifest(folder: Path) -> Prepared:
             kind=kind,
             splits=splits,
             classes=tuple(take_list(found, "classes", str)),
-            problems=_problems(found, "problems"),
+            problems=problems,
             notes=_problems(found, "notes"),
             settings=take(found, "settings", dict),
         )

@@ -16,13 +16,25 @@ from modalmerge.data.prepare.rows import FilePart, Problem, Reader, Row
 FOLDER = "ADEChallengeData2016"
 NUM_CLASSES = 150
 EVERY = 40
+KINDS = {"images": "jpg", "annotations": "png"}  # folders, and what their files end in
 # split -> folder of its images, and the word in their names
 PARTS = {"train": ("training", "train"), "holdout": ("training", "train"), "validation": ("validation", "val")}
 
 
 def splits(root: Path) -> tuple[str, ...]:
-    """List the splits; all are always there."""
-    return tuple(PARTS)
+    """List the splits whose images or masks are there."""
+    return tuple(split for split in PARTS if any(folder.is_dir() for folder in _folders(root, split)))
+
+
+def look(root: Path, split: str) -> None:
+    """Look whether both folders of a split are there.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    for folder in _folders(root, split):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is missing; unpack ADEChallengeData2016.zip there, or give another --root")
 
 
 def rows(root: Path, split: str) -> list[Row | Problem]:
@@ -31,11 +43,12 @@ def rows(root: Path, split: str) -> list[Row | Problem]:
 
 
 def _rows(root: Path, split: str) -> Iterator[Row | Problem]:
+    look(root, split)
     part, word = PARTS[split]
     names: set[str] = set()
-    for kind, extension in (("images", "jpg"), ("annotations", "png")):
+    for folder, (kind, extension) in zip(_folders(root, split), KINDS.items(), strict=True):
         pattern = re.compile(rf"(ADE_{word}_\d{{8}})\.{extension}")
-        for file in sorted(path.name for path in _folder(root, kind, part).iterdir()):
+        for file in sorted(path.name for path in folder.iterdir()):
             if found := pattern.fullmatch(file):
                 names.add(found[1])
             elif split != "holdout":
@@ -73,11 +86,8 @@ def classes(root: Path) -> list[str]:
     return [entry[-1] for entry in entries]
 
 
-def _folder(root: Path, kind: str, part: str) -> Path:
-    folder = root / FOLDER / kind / part
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is missing; unpack ADEChallengeData2016.zip there, or give another --root")
-    return folder
+def _folders(root: Path, split: str) -> list[Path]:
+    return [root / FOLDER / kind / PARTS[split][0] for kind in KINDS]
 
 
-READERS = {"ade20k": Reader(rows=rows, splits=splits, classes=classes)}
+READERS = {"ade20k": Reader(rows=rows, splits=splits, look=look, classes=classes)}

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from modalmerge.data.prepare.rows import FilePart, Problem, Reader, Row, Unusable, read_json, take
+from modalmerge.data.prepare.rows import FilePart, Problem, Reader, Row, Unusable, look_at_json, read_json, take
 
 NUM_ANSWERS = 10
 REST_VAL_IMAGES = 1000
@@ -29,8 +29,14 @@ LARGEST_ID = 2**63 - 1
 
 
 def splits(root: Path) -> tuple[str, ...]:
-    """List the splits: those with answers, and of the test splits those whose questions are there."""
-    return tuple(split for split in PARTS if not _is_test(split) or _questions_file(root, split).exists())
+    """List the splits that a file of questions or annotations is there of."""
+    return tuple(split for split in PARTS if any(path.exists() for path in _files(root, split)))
+
+
+def look(root: Path, split: str) -> None:
+    """Look whether all annotation files of a split are there, and end as they should."""
+    for path in _files(root, split):
+        look_at_json(path)
 
 
 def rows(root: Path, split: str) -> list[Row | Problem]:
@@ -97,10 +103,13 @@ def classes(root: Path) -> list[str]:
     paths = [_annotations_file(root, split) for split in ("train", "trainable_val")]
     if not any(path.exists() for path in paths):
         return []
+    for path in paths:
+        look_at_json(path)
     # loads torch, which the processes that write rows do without
     from modalmerge.data.answers import build_vocabulary
 
-    entries = [entry for path in paths for entry in _entries(path, "annotations")]
+    # one of the files in memory at a time, and of it these answers
+    entries = (entry for path in paths for entry in _entries(path, "annotations", "multiple_choice_answer"))
     return list(build_vocabulary(entry["multiple_choice_answer"] for entry in entries if _has_answer(entry)))
 
 
@@ -112,7 +121,8 @@ def _questions(root: Path, split: str) -> tuple[dict[int, tuple[int, str]], list
     """Give image and text of each question by its id, and the problems as (sample, what)."""
     found: dict[int, tuple[int, str]] = {}
     problems = []
-    for place, entry in enumerate(_entries(_questions_file(root, split), "questions")):
+    fields = ("question_id", "image_id", "question")
+    for place, entry in enumerate(_entries(_questions_file(root, split), "questions", *fields)):
         sample = f"entry {place} of the questions"
         try:
             question_id = _take_id(entry, "question_id")
@@ -130,7 +140,8 @@ def _answers(root: Path, split: str) -> tuple[dict[int, tuple[int, list[str]]], 
     """Give image and human answers of each question by its id, and the problems as (sample, what)."""
     found: dict[int, tuple[int, list[str]]] = {}
     problems = []
-    for place, entry in enumerate(_entries(_annotations_file(root, split), "annotations")):
+    fields = ("question_id", "image_id", "answers", "answer", "multiple_choice_answer")
+    for place, entry in enumerate(_entries(_annotations_file(root, split), "annotations", *fields)):
         sample = f"entry {place} of the annotations"
         try:
             question_id = _take_id(entry, "question_id")
@@ -148,9 +159,9 @@ def _answers(root: Path, split: str) -> tuple[dict[int, tuple[int, list[str]]], 
     return found, problems
 
 
-def _entries(path: Path, key: str) -> list[Any]:
-    """Read the list that an official file holds under `key`."""
-    content = read_json(path, dict)
+def _entries(path: Path, key: str, *fields: str) -> list[Any]:
+    """Read the list that an official file holds under `key`, with these fields of its entries."""
+    content = read_json(path, dict, keys=(key, *fields))
     try:
         return take(content, key, list)
     except Unusable as error:
@@ -176,12 +187,17 @@ def _annotations_file(root: Path, split: str) -> Path:
     return root / f"v2_mscoco_{PARTS[split][0]}_annotations.json"
 
 
+def _files(root: Path, split: str) -> list[Path]:
+    return [_questions_file(root, split), *([] if _is_test(split) else [_annotations_file(root, split)])]
+
+
 READERS = {
     "vqav2": Reader(
         rows=rows,
         splits=splits,
+        look=look,
         classes=classes,
-        notes=(
+        notes=lambda classes: (
             "rest_val is another choice of 1,000 val2014 images than the authors', who drew theirs without a seed: "
             "scores on it are compared among models that were trained on this trainable_val",
         ),

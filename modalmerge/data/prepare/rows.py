@@ -15,18 +15,24 @@ the images, decode them and write the rows; an image that is missing or broken i
     READER = Reader(rows=rows, splits=lambda root: ("train", "val"))
 
 An annotation file that is no JSON, or of the wrong type at its top, is a ValueError of `read_json`; one entry of the
-wrong type is `Unusable`, which `each` turns into a `Problem`.
+wrong type is `Unusable`, which `each` turns into a `Problem`. `look` of a Reader is called for every split before the
+first part is written, so that a file that is missing is told then and not hours later.
 """
 
 import base64
 import binascii
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
+
+MOST_IMAGE_BYTES = 512 << 20  # of one image file, or of its base64 text; those of the public sets have a few MB at most
 
 
 class Unusable(ValueError):
@@ -86,15 +92,23 @@ class FilePart:
 
     def read(self, root: Path) -> bytes:
         try:
+            status = os.stat(root / self.path)  # before opening it: a pipe would wait for somebody to write
+            if not stat.S_ISREG(status.st_mode):
+                raise Unusable(f"{self.path} is no regular file")
+            length = status.st_size - self.offset if self.length is None else self.length
+            if length > MOST_IMAGE_BYTES:
+                raise Unusable(
+                    f"the image in {self.path} has {length:,} bytes, more than an image may have ({MOST_IMAGE_BYTES:,})"
+                )
             with open(root / self.path, "rb") as file:
                 file.seek(self.offset)
-                content = file.read(-1 if self.length is None else self.length)
+                content = file.read(length)
         except FileNotFoundError:
             raise Unusable(f"the file {self.path} is missing") from None
         except OSError as error:
-            raise Unusable(f"the file {self.path} cannot be read: {error.strerror}") from None
-        if self.length is not None and len(content) < self.length:
-            raise Unusable(f"the file {self.path} is cut: {self.length} bytes wanted at {self.offset}")
+            raise Unusable(f"the file {self.path} cannot be read: {error.strerror}") from error
+        if len(content) < length:
+            raise Unusable(f"the file {self.path} is cut: {length} bytes wanted at {self.offset}")
         try:
             return base64.b64decode(content, validate=True) if self.in_base64 else content
         except binascii.Error as error:
@@ -109,15 +123,25 @@ class Row:
         id: the row's name, unique in its split; problems of the row are told under it.
         images: image columns of the kind, and where the bytes of each are.
         values: all other columns of the kind, ready to be written.
+        shard: name of the shard that it comes from, unique in its split: a part holds rows of one, so that a shard that
+            is fetched again changes its own parts only; "" where the set has none.
     """
 
     id: str
     images: Mapping[str, Bytes]
     values: Mapping[str, Any]
+    shard: str = field(default="", repr=False)
+
+
+def _nothing_to_see(root: Path, split: str) -> None: ...
 
 
 def _no_classes(root: Path) -> list[str]:
     return []
+
+
+def _no_notes(classes: Sequence[str]) -> tuple[str, ...]:
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,16 +151,18 @@ class Reader:
     Args:
         rows: given the root and a split, yields its rows and problems in the order of the annotation, always the same.
             A list instead of a generator lets the progress say how many rows there are.
-        splits: given the root, the splits that its files allow, those that are optional only where they are there.
+        splits: given the root, the splits that there are files of; none where the root does not hold the set.
+        look: given the root and a split, raises a ValueError where its annotation is plainly not whole. Quick.
         classes: given the root, the names of the answers or classes, by number.
-        notes: what a user of the prepared set must know, told with it.
+        notes: given the classes, what a user of the prepared set must know, told with it.
         columns: columns that replace those of the kind, as `datasets` features; {} where the kind's are right.
     """
 
     rows: Callable[[Path, str], Iterable[Row | Problem]]
     splits: Callable[[Path], tuple[str, ...]]
+    look: Callable[[Path, str], None] = _nothing_to_see
     classes: Callable[[Path], list[str]] = _no_classes
-    notes: tuple[str, ...] = ()
+    notes: Callable[[Sequence[str]], tuple[str, ...]] = _no_notes
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -147,6 +173,20 @@ def each(split: str, entries: Iterable[T], make: Callable[[T], Row]) -> Iterator
             yield make(entry)
         except Unusable as error:
             yield Problem(split, str(error), f"entry {place}")
+
+
+def without_blanks(split: str, row: Row) -> Iterator[Row | Problem]:
+    """Take the captions out of a row that are empty or blank, and tell how many; a row that keeps none is left out."""
+    captions = row.values.get("captions", ())
+    kept = [caption for caption in captions if caption.strip()]
+    if len(kept) == len(captions):
+        yield row
+        return
+    count = len(captions) - len(kept)
+    what = "has an empty caption, which was" if count == 1 else f"has {count} empty captions, which were"
+    yield Problem(split, f"{what} left out{'' if kept else ', and no other'}", row.id)
+    if kept:
+        yield replace(row, values={**row.values, "captions": kept})
 
 
 def stay_inside(path: str) -> str:
@@ -165,24 +205,56 @@ def stay_inside(path: str) -> str:
     return path
 
 
-def read_json(path: Path, kind: type[T]) -> T:
+def look_at_json(path: Path) -> None:
+    """Look whether an annotation file is there, and ends as JSON or JSON lines do; it is not read.
+
+    Raises:
+        ValueError: it is missing, or cut as by a download that stopped.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
+            end = file.read().strip()
+    except FileNotFoundError:
+        raise _missing(path) from None
+    if end and not end.endswith((b"}", b"]")):
+        raise ValueError(
+            f"{path} is no JSON list or object (it ends with {end[-20:]!r}); fetch the official file again"
+        )
+
+
+def _missing(path: Path) -> ValueError:
+    return ValueError(f"{path} is missing; put the official file there, or give another --root")
+
+
+def read_json(path: Path, kind: type[T], *, keys: Collection[str] = ()) -> T:
     """Read an annotation file whose top must be of `kind` (dict or list).
+
+    Args:
+        path: the file.
+        kind: dict or list.
+        keys: fields that objects keep, at every depth; all where none is named. Of the large annotations most of the
+            memory is fields that nobody reads.
 
     Raises:
         ValueError: the file is missing, is no JSON, or its top is of another type; says what to do.
     """
     try:
         with open(path, "rb") as file:
-            content = json.load(file)
+            content = json.load(file, object_hook=partial(_only, frozenset(keys)) if keys else None)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; put the official file there, or give another --root") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _missing(path) from None
+    except (ValueError, RecursionError) as error:  # no JSON, no Unicode, or a number of thousands of digits
         raise ValueError(f"{path} is no JSON ({error}); fetch the official file again") from None
     if not isinstance(content, kind):
         raise ValueError(
             f"{path} must hold a JSON {_json_name(kind)}, got {_described(content)}; fetch the official file again"
         )
     return content
+
+
+def _only(keys: frozenset[str], entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key in keys}
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
@@ -194,14 +266,14 @@ def read_json_lines(path: Path) -> Iterator[Any]:
     try:
         file = open(path, "rb")  # noqa: SIM115  # closed by `with` below; a missing file is told here
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; put the official file there, or give another --root") from None
+        raise _missing(path) from None
     with file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 yield json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # as in `read_json`
                 raise ValueError(f"{path}, line {number}: no JSON ({error}); fetch the official file again") from None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modalmerge.data.prepare.rows import FilePart, Problem, Reader, Row, Unusable, read_json_lines, take
+from modalmerge.data.prepare.rows import FilePart, Problem, Reader, Row, Unusable, look_at_json, read_json_lines, take
 
 LABELS = {"False": 0, "True": 1}
 # split -> its file below nlvr2/data
@@ -27,13 +27,12 @@ FILES = {
         for split in ("dev", "test1", "test2")
     },
 }
-ALWAYS = ("train", "dev", "test1")
 _IDENTIFIER = re.compile(r"(?P<pair>(?P<part>[a-z0-9]+)-\d+-\d+)-\d+")
 
 
 def splits(root: Path) -> tuple[str, ...]:
-    """List the splits: train, dev, test1, and of the others those whose file is there."""
-    return tuple(split for split in FILES if split in ALWAYS or _file(root, split).exists())
+    """List the splits whose file is there."""
+    return tuple(split for split in FILES if _file(root, split).exists())
 
 
 def rows(root: Path, split: str) -> list[Row | Problem]:
@@ -87,11 +86,21 @@ def _pair_path(entry: Any, identifier: str, split: str) -> str:
         raise Unusable(f"the identifier must read {wanted}-set-pair-sentence in numbers, got {identifier!r}")
     if wanted != "train":
         return f"{wanted}/{parts['pair']}"
-    return f"images/train/{take(entry, 'directory', int)}/{parts['pair']}"
+    return f"images/train/{_directory(entry)}/{parts['pair']}"
+
+
+def _directory(entry: Any) -> int:
+    """Give the number of a folder of pictures, which the file may have as a text of digits."""
+    number = entry.get("directory")
+    if isinstance(number, str) and re.fullmatch("[0-9]{1,9}", number):
+        return int(number)
+    return take(entry, "directory", int)
 
 
 def _file(root: Path, split: str) -> Path:
     return root / "nlvr2" / "data" / FILES[split]
 
 
-READERS = {"nlvr2": Reader(rows=rows, splits=splits)}
+READERS = {
+    "nlvr2": Reader(rows=rows, splits=splits, look=lambda root, split: look_at_json(_file(root, split))),
+}

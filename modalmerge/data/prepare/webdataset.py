@@ -9,17 +9,18 @@ exception, one that is cut between two is short without a word, and `datasets` r
 Nothing is ever extracted: names of members are keys, never paths. Links, folders and devices are passed over.
 """
 
-import itertools
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modalmerge.data.prepare.rows import FilePart, Problem, Reader, Row, Unusable, take, take_list
+from modalmerge.data.prepare.rows import FilePart, Problem, Reader, Row, Unusable, take, take_list, without_blanks
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MOST_TEXT_BYTES = 1 << 20  # of one caption or description
+# how `tarfile` answers headers that are cut, or made to harm: sizes that no file has, headers of headers without end
+BROKEN = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError)
 
 
 def _shards(root: Path, split: str) -> list[Path]:
@@ -34,17 +35,18 @@ def _rows(root: Path, split: str) -> Iterator[Row | Problem]:
 
 
 def shard_rows(root: Path, split: str, shard: Path) -> Iterator[Row | Problem]:
+    """Read the samples of one shard in order; a problem of the shard as a whole has its name alone as sample."""
     name = shard.relative_to(root).as_posix()
     try:
         tar = tarfile.open(shard, "r:")  # noqa: SIM115  # closed by `with` below; a file that is no tar is told here
-    except (tarfile.TarError, OSError) as error:
+    except BROKEN as error:
         yield Problem(split, f"the shard cannot be read: {error}", name)
         return
     with tar:
         members, fault = _members(tar)
-        for key, own in itertools.groupby(members, key=lambda member: _key_and_extension(member.name)[0]):
+        for key, own in _samples(members):
             try:
-                yield _row(name, key, tar, list(own))
+                yield from without_blanks(split, _row(name, key, tar, own))
             except Unusable as error:
                 yield Problem(split, str(error), f"{name}: {key}")
     if fault:
@@ -53,17 +55,34 @@ def shard_rows(root: Path, split: str, shard: Path) -> Iterator[Row | Problem]:
 
 def _members(tar: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], str]:
     """List the files in a tar as far as it can be read, and say what ended it, if not its end."""
-    members = []
+    members: list[tarfile.TarInfo] = []
+    end = 0
     try:
         for member in tar:
+            if member.size < 0 or tar.offset <= end:  # Python would read it again and again (CVE-2025-8194)
+                return members, f"the size of {member.name} is {member.size}"
+            end = tar.offset
             if member.isreg() and not member.issparse():
                 members.append(member)
-    except tarfile.TarError as error:
+    except BROKEN as error:
         return members, str(error)
     # every tar ends by blocks of zeros; one that was cut between two members does not, and Python passes over that
     assert tar.fileobj is not None, "open"
     tar.fileobj.seek(tar.offset)
     return members, "" if tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) else "it has no end"
+
+
+def _samples(members: Iterable[tarfile.TarInfo]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Group members that follow each other by key; an extension that comes again begins another sample of that key."""
+    current, own = "", dict[str, tarfile.TarInfo]()
+    for member in members:
+        key, extension = _key_and_extension(member.name)
+        if own and (key != current or extension in own):
+            yield current, own
+            own = {}
+        current, own[extension] = key, member
+    if own:
+        yield current, own
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
@@ -73,13 +92,12 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _row(shard: str, key: str, tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Row:
+def _row(shard: str, key: str, tar: tarfile.TarFile, by_extension: dict[str, tarfile.TarInfo]) -> Row:
     """Make a row of the members of one sample.
 
     Raises:
         Unusable: there is no image, more than one, no caption, or a text that cannot be read.
     """
-    by_extension = {_key_and_extension(member.name)[1]: member for member in members}
     images = [by_extension[extension] for extension in IMAGES if extension in by_extension]
     if len(images) != 1:
         raise Unusable(f"must have one image of {', '.join(IMAGES)}, got {len(images)}")
@@ -93,7 +111,7 @@ def _row(shard: str, key: str, tar: tarfile.TarFile, members: list[tarfile.TarIn
     else:
         captions = [take(described, "caption", str)]
     image = FilePart(shard, offset=images[0].offset_data, length=images[0].size)
-    return Row(key, {"image": image}, {"captions": captions, "image_id": key})
+    return Row(key, {"image": image}, {"captions": captions, "image_id": key}, shard=PurePosixPath(shard).stem)
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
@@ -105,14 +123,15 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
         return file.read().decode()
     except UnicodeDecodeError as error:
         raise Unusable(f"{member.name} is no UTF-8 text: {error}") from None
-    except tarfile.TarError as error:
-        raise Unusable(f"{member.name} is cut: {error}") from None
+    except (tarfile.TarError, OSError) as error:
+        raise Unusable(f"{member.name} cannot be read: {error}") from error
 
 
 def _described(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
+    text = _text(tar, member)
     try:
-        described = json.loads(_text(tar, member))
-    except (json.JSONDecodeError, RecursionError) as error:
+        described = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise Unusable(f"{member.name} is no JSON: {error}") from None
     if not isinstance(described, dict):
         raise Unusable(f"{member.name} must be a JSON object")
