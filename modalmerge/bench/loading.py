@@ -34,6 +34,7 @@ from modalmerge.data.text import build_tokenizer, mask_words, word_index
 from modalmerge.data.transforms import InputSettings
 from modalmerge.model import PRETRAINING_HEADS, ModalMergeModel, size_config
 from modalmerge.registry import find
+from modalmerge.tasks.masked import MASKED_FRACTION
 from modalmerge.train.objectives import PretrainingBatch, pretraining_losses
 
 # name -> (width, height): what img2dataset writes for CC3M, and a usual picture of COCO
@@ -42,7 +43,6 @@ QUALITY = 95
 DETAIL = 1.35  # each finer layer is fainter by this: JPEGs of about 32 and 150 kB, as COCO's are
 WORDS = tuple(f"word{number}" for number in range(30_000))  # about as many as BERT has
 CAPTION_WORDS = 10
-MASKED_FRACTION = 0.25
 WANTED = 2.0  # times what a step consumes
 Say = Callable[[str], None]
 

@@ -50,7 +50,7 @@ def data_prepare(
         form=form,
         num_workers=workers,
         again=again,
-        progress=_progress(name),
+        progress=splits_progress(name),
     )
     if as_json:
         print_json(
@@ -92,7 +92,7 @@ def data_check(
         folder,
         fast=fast,
         num_workers=workers,
-        progress=_progress("check"),
+        progress=splits_progress("check"),
     )
     prepared = read_manifest(folder)
     if as_json:
@@ -134,7 +134,7 @@ def data_show(
     answer(as_json, shown, f"{num} samples in {output}")
 
 
-def _progress(name: str) -> "Progress":
+def splits_progress(name: str) -> "Progress":
     """Show how far each split is."""
     return lambda split: reporter(f"{name} {split}", lambda done, total: f"{done:,} of {total:,}", count_columns)
 

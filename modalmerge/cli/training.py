@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from modalmerge.cli.app import AsJson, Changes, answer, app, command_line, print_json, print_yaml, quieten
+from modalmerge.cli.data import splits_progress
 from modalmerge.registry import find
 
 Data = Annotated[str, typer.Option(help="scenes, postcards, or a folder of prepared public sets (or one of them).")]
@@ -193,10 +194,12 @@ def pretrain(
 
     where: dict[str, Any] = {"data": _folder(data), "tokenizer": tokenizer, "init": init, "architecture": architecture}
     if dry_run:
-        _show_outlook(look(recipe, start=seed, **where), output, as_json)
+        _show_outlook(look(recipe, start=seed, progress=splits_progress("shards"), **where), output, as_json)
         return
     run = _needed(output)
-    done = pretrain_recipe(recipe, run, seed=seed, **where, **stage_progress(run.name))
+    done = pretrain_recipe(
+        recipe, run, seed=seed, progress=splits_progress("shards"), **where, **stage_progress(run.name)
+    )
     answer(as_json, done, stage_text(done))
 
 

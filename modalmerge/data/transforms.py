@@ -272,6 +272,6 @@ def pad(
 ) -> tuple[Float[Tensor, " 3 S S"], Int[Tensor, " S S"]]:
     """Fill up to a square at the right and below: zeros, which are the mean colour, and pixels without a class."""
     room = (0, side - pixels.shape[2], 0, side - pixels.shape[1])
-    classes = torch.from_numpy(np.ascontiguousarray(mask)).long()
+    classes = torch.from_numpy(np.array(mask)).long()
     filled = torch.nn.functional.pad(classes, room, value=IGNORED_PIXEL)
     return torch.nn.functional.pad(pixels, room), filled

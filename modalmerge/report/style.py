@@ -74,10 +74,10 @@ figure { margin: 0; min-width: 0; }
 .who { color: var(--muted); }
 details { margin: .75rem 0; }
 summary { cursor: pointer; font-weight: 600; }
-.many { font-size: .78rem; line-height: 1.3; }
-.many th, .many td { padding-left: .45rem; }
-.many thead th { font-size: .7rem; }
-.many td .small { white-space: normal; font-size: .68rem; max-width: 5rem; margin-left: auto; }
+.many { font-size: .76rem; line-height: 1.3; width: 100%; }
+.many th, .many td { padding-left: .4rem; }
+.many thead th.number { font-size: .7rem; min-width: 4.6rem; }
+.many td .small { white-space: normal; font-size: .66rem; max-width: 4.8rem; margin-left: auto; }
 #cells table { font-size: .8rem; }
 #cells td { padding-top: .25rem; padding-bottom: .25rem; }
 #cells td code { overflow-wrap: anywhere; }

@@ -124,7 +124,7 @@ def load_paper(changes: Mapping[str, str]) -> Paper:
         if key.startswith("recipes.") and key.endswith(".training.num_steps"):
             changes.setdefault(key.replace(".training.num_steps", ".epochs"), "0")
     made: Any = paper()
-    return apply_changes(made, changes)  # type: ignore[return-value]  # it takes any settings made of fields
+    return apply_changes(made, changes)
 
 
 @dataclass(frozen=True, kw_only=True)

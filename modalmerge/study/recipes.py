@@ -447,8 +447,7 @@ def load_recipe(name: str, changes: Mapping[str, str] | None = None) -> Recipe:
     changes = dict(changes or {})
     if "training.num_steps" in changes:
         changes.setdefault("epochs", "0")
-    recipe: Any = find(RECIPES, name, "recipe")()
-    return apply_changes(recipe, changes)  # type: ignore[return-value]  # it takes any settings made of fields
+    return apply_changes(find(RECIPES, name, "recipe")(), changes)
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
