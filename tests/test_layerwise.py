@@ -85,7 +85,8 @@ def test_it_equals_starting_anew_for_every_layer(architecture, early_attention):
 
 
 def test_the_merged_model_is_nearer_to_its_experts():
-    model = grown(micro.task_model(num_hidden_layers=4, fusion_start=3, experts=[[]] * 4), size=0.2)
+    heads = dict(heads=["pooler", "contrastive", "vqa"], num_answers=4)
+    model = grown(micro.task_model(num_hidden_layers=4, fusion_start=3, experts=[[]] * 4, **heads), size=0.2)
     data, held = batches(4, 8), batches(2, 8, random_seed=5)
     losses = {}
     for method, statistics in {
