@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from modalmerge import __version__
 from modalmerge.checkpoint import atomic_file
+from modalmerge.data.prepare.processes import end_with_parent
 from modalmerge.records import Cell, append_line, read_lines
 from modalmerge.study.folders import CELLS, PROGRESS, Context
 from modalmerge.study.jobs import model_config, run_job
@@ -127,7 +127,7 @@ def _run_jobs(
     waiting = sorted((job for job in jobs if job.id not in done), key=lambda job: -rest[job.id])
     running: dict[Future[str], Job] = {}
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent, initargs=(os.getpid(),))
     try:
         with display:
             while waiting or running:
@@ -222,17 +222,6 @@ def _lock(run: Path) -> Iterator[None]:
                 f"another process works on {run}; wait for it, or choose another folder with -o"
             ) from error
         yield
-
-
-def _end_with_parent(parent: int) -> None:
-    """End this worker when the driver is gone, so that a restarted study does not meet an old worker's writes."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _read_progress(scratch: Path) -> dict[str, Any] | None:

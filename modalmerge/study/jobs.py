@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modalmerge.checkpoint import atomic_folder
 from modalmerge.data import scenes
-from modalmerge.data.arrays import CaptionArrays, load_scenes
+from modalmerge.data.arrays import SCENE_KINDS, CaptionArrays, load_scenes
 from modalmerge.data.contract import TaskData
 from modalmerge.data.text import scenes_tokenizer
 from modalmerge.distance.results import measure_tensors
@@ -121,14 +121,20 @@ def _statistics_batches(preset: Preset) -> list[dict[str, Tensor]]:
 
 
 def prepare_data(job: Job, context: Context, scratch: Path) -> None:
-    """Draw all splits into the cache."""
-    for split, count in context.preset.num_scenes.items():
-        scenes.load(
-            split,
-            num_scenes=count,
-            random_seed=context.preset.data_seed,
-            image_size=context.preset.image_size,
-        )
+    """Draw into the cache what jobs read, so that no two of them draw the same.
+
+    All scenes, and of other kinds the splits that are fine-tuned and measured on.
+    """
+    preset = context.preset
+    for kind in ("scenes", *{SCENE_KINDS.get(*TARGETS[target]) for target in preset.tasks} - {"scenes"}):
+        for split in preset.num_scenes if kind == "scenes" else ("finetune", "test"):
+            scenes.load(
+                split,
+                kind=kind,
+                num_scenes=preset.num_scenes[split],
+                random_seed=preset.data_seed,
+                image_size=preset.image_size,
+            )
     with atomic_folder(context.folder(job.id)) as folder:
         write_json(folder / STEPS, {"steps": 0})
 

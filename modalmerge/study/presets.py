@@ -400,16 +400,12 @@ def _with_later_settings(there: Any, now: Any) -> Any:
     """Give settings of training that were written down before some existed the defaults of those."""
     if not isinstance(there, Mapping):
         return there
-    if isinstance(now, Mapping):
-        return {key: _with_later_settings(value, now.get(key)) for key, value in there.items()}
-    if not dataclasses.is_dataclass(now):
-        return there
-    fields = {f.name: f for f in dataclasses.fields(now)}
-    filled = {key: _with_later_settings(value, getattr(now, key, None)) for key, value in there.items()}
     if isinstance(now, TrainSettings):
-        later = {name: f.default for name, f in fields.items() if f.default is not dataclasses.MISSING}
-        filled = {**json.loads(json.dumps(later)), **filled}
-    return filled
+        fields = dataclasses.fields(now)
+        later = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        return {**json.loads(json.dumps(later)), **there}
+    inside = now if isinstance(now, Mapping) else getattr(now, "__dict__", {})
+    return {key: _with_later_settings(value, inside.get(key)) for key, value in there.items()}
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

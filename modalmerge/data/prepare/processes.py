@@ -71,6 +71,11 @@ def workers(num_workers: int) -> Iterator[Spread]:
 def _follow(parent: int) -> None:
     """Let Ctrl-C end the parent, which lets this worker finish its part; end this worker where the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent is gone, so that the same command again does not meet an old worker's writes."""
 
     def watch() -> None:
         while os.getppid() == parent:
