@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -305,32 +306,36 @@ def test_a_folder_in_the_way_is_refused(chain, call, tmp_path):
     code, _, err = call("merge", folder / "experts" / "model", "-o", tmp_path / "run")
     assert code == 1 and "exists" in err
     code, _, err = call("pretrain", "tiny", "-o", folder / "seed", *CHANGES, "--set", "pretraining.num_steps=6")
-    assert code == 1 and "holds a run with other settings" in err
+    assert code == 1 and "holds a run with other settings (preset.pretraining.num_steps: there 4, now 6)" in err
     assert micro.files(tmp_path) == {"run/mine.txt"}
 
 
-def test_an_interrupted_stage_goes_on(chain, call, tmp_path, monkeypatch):
-    """Into an empty folder that was made before; other settings are refused meanwhile."""
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_stage_goes_on(chain, call, tmp_path, monkeypatch, number, exit_code):
+    """Into an empty folder that was made before, with other checkpoints; other settings are refused meanwhile."""
     folder, _ = chain
     run = tmp_path / "run"
     run.mkdir()
 
     def stop(name, write):
         def report(step, num_steps, losses):
-            if step == 3:
-                raise KeyboardInterrupt
+            if step == 2:
+                os.kill(os.getpid(), number)
 
         return report
 
-    monkeypatch.setattr("modalmerge.train.loop.plain_report", stop)
+    monkeypatch.setattr("modalmerge.train.progress.plain_report", stop)
     code, _, err = call("pretrain", "tiny", "-o", run, *CHANGES)
-    assert code == 130 and "goes on from here" in err
+    assert (code, err.strip()) == (exit_code, "interrupted; the same command goes on from here")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert (tmp_path / "run.partial" / "last.ckpt").exists() and not run.exists()
     code, _, err = call("pretrain", "tiny", "-o", run, *CHANGES, "--set", "pretraining.learning_rate=0.1")
-    assert code == 1 and "run.partial is an interrupted run with other settings; remove it" in err
-    document(call("pretrain", "tiny", "-o", run, *CHANGES, "--json"))
+    differing = "preset.pretraining.learning_rate: there 0.0035, now 0.1"
+    assert code == 1 and f"run.partial is an interrupted run with other settings ({differing}); remove it" in err
+    free = [f"pretraining.{name}" for name in ("checkpoint_steps=3", "checkpoint_minutes=9", "num_workers=1")]
+    document(call("pretrain", "tiny", "-o", run, *CHANGES, *(w for key in free for w in ("--set", key)), "--json"))
+    document(call("pretrain", "tiny", "-o", run, *CHANGES, "--json"))  # what is finished answers with others too
     for name in ("curve.json", "model/model.safetensors"):
         assert (run / name).read_bytes() == (folder / "seed" / name).read_bytes()
     assert not (tmp_path / "run.partial").exists()
@@ -400,6 +405,16 @@ def test_the_document_is_alone_where_the_bar_is_on_a_terminal(tmp_path):
     out = process.stdout.read()
     assert process.wait() == 0, shown
     assert json.loads(out)["steps"] == 4 and b"loss" in shown or b"Epoch" in shown
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_ends_a_study(call, tmp_path):
+    """In a worker, whose errors are pickled."""
+    run, wild = tmp_path / "run", ["--set", "pretraining.learning_rate=1e30"]
+    code, _, err = call("study", "tiny", "-o", run, *CHANGES, *wild, "--workers", "1")
+    assert code == 1 and re.search(r"error: the loss is (nan|inf) at step \d .*lower learning_rate\n", err)
+    assert f"{run / 'partial' / '0-seed' / 'failed.ckpt'} holds the state before this step" in err
+    assert f"in job 0-seed of the study in {run}" in err
 
 
 @pytest.mark.slow

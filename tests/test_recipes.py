@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 
 import micro
@@ -14,11 +15,13 @@ from modalmerge.data import DATASETS
 from modalmerge.model import ModalMergeConfig
 from modalmerge.study.costs import Device, activation_bytes, estimate, forward_operations
 from modalmerge.study.paper import Paper, paper, stages
-from modalmerge.study.recipes import PRETRAINING, RECIPES, SPLITS, Splits, load_recipe, recipe_values
+from modalmerge.study.recipes import PRETRAINING, RECIPES, SPLITS, Splits, deciding_values, load_recipe, recipe_values
 from modalmerge.tasks import TASKS
 from modalmerge.train import stages as training_stages
-from modalmerge.train.loop import CLASSIFIERS, TrainSettings, parameter_groups, train
+from modalmerge.train.loop import train
 from modalmerge.train.objectives import pretraining_losses
+from modalmerge.train.optimiser import CLASSIFIERS, parameter_groups
+from modalmerge.train.settings import TrainSettings, differences
 
 torch.set_num_threads(1)
 
@@ -201,9 +204,9 @@ def test_a_run_in_parts_goes_on_to_the_same_model(fail_at, tmp_path):
     assert curve == curve_again and all(torch.equal(tensors[name], again[name]) for name in tensors)
 
 
-def make_number(number):
+def make_number(number, error):
     if number == 5:
-        raise ValueError("row 7 of coco is broken")
+        raise error
     return torch.full((2, 1), float(number))
 
 
@@ -214,7 +217,8 @@ class Number(nn.Module):
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_batches_come_in_their_order_and_errors_as_they_are(num_workers, tmp_path):
+@pytest.mark.parametrize("error", [ValueError("row 7 of coco is broken"), OSError(5, "row 7 of coco is broken")])
+def test_batches_come_in_their_order_and_errors_as_they_are(num_workers, error, tmp_path):
     model, seen = Number(), []
 
     def losses(batch, generator):
@@ -222,13 +226,36 @@ def test_batches_come_in_their_order_and_errors_as_they_are(num_workers, tmp_pat
         return {"loss": (model.weight * batch).mean()}
 
     settings = dataclasses.replace(SETTINGS, num_steps=8, batch_size=2, num_workers=num_workers, checkpoint_steps=0)
-    with pytest.raises(ValueError, match="^row 7 of coco is broken$"):
-        train(model, settings=settings, make_batch=make_number, losses=losses, folder=tmp_path)
+    with pytest.raises(type(error), match=f"^{re.escape(str(error))}$"):
+        train(model, settings=settings, make_batch=partial(make_number, error=error), losses=losses, folder=tmp_path)
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_workers_are_no_setting_of_a_checkpoint():
-    assert repr(dataclasses.replace(SETTINGS, num_workers=3)) == repr(SETTINGS)
+FREE = {"num_workers": 3, "checkpoint_steps": 7, "checkpoint_minutes": 1.5}
+
+
+def test_a_run_goes_on_whatever_decides_no_number():
+    assert repr(dataclasses.replace(SETTINGS, **FREE)) == repr(SETTINGS)
+    made = load_recipe("seed")
+    assert deciding_values(dataclasses.replace(made, training=dataclasses.replace(made.training, **FREE))) == (
+        deciding_values(made)
+    )
+    assert not FREE.keys() & deciding_values(made)["training"].keys()
+
+
+def test_what_differs_is_told_by_its_key():
+    there = {"recipe": recipe_values(load_recipe("seed")), "seed": None}
+    now = {"recipe": deciding_values(load_recipe("seed", {"training.num_steps": "7", "model.drop_path": "0.2"}))}
+    for name in ("activation_checkpointing", "compile", "checkpoint_minutes"):
+        del there["recipe"]["training"][name]  # as runs were written down before these were settings
+    for name in ("source", "hardware", "expected", "device"):
+        del there["recipe"][name]
+    assert differences(there, {**now, "seed": "runs/seed"}) == [
+        "recipe.training.num_steps: there 100000, now 7",
+        "recipe.model.drop_path: there None, now 0.2",
+        "seed: there None, now runs/seed",
+    ]
+    assert differences(there, {**there, "recipe": deciding_values(load_recipe("seed"))}) == []
 
 
 def test_whole_words_of_pieces_are_hidden_together():

@@ -2,10 +2,12 @@
 
 import gc
 import os
+import signal
 import sys
 
 from modalmerge.cli import benchmarks, checkpoints, data, distances, probes, procedures, statistics, tables, training
 from modalmerge.cli.app import app
+from modalmerge.cli.processes import is_started
 
 __all__ = [
     "app",
@@ -22,7 +24,7 @@ __all__ = [
     "training",
 ]
 
-INTERRUPTED = 130
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses: by Ctrl-C, and politely
 
 # How an interrupted command is gone on with, for those that can.
 _GOES_ON = {
@@ -58,13 +60,18 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         app()
-    except (ValueError, OSError) as error:
-        if debug:
+    except Exception as error:
+        if is_started():
+            from modalmerge.train.processes import leave_error
+
+            leave_error(error)
+            raise SystemExit(1) from None
+        if debug or not isinstance(error, (ValueError, OSError)):
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", []))
         print(f"error: {error}{notes}", file=sys.stderr)
         raise SystemExit(1) from None
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer's answer to Ctrl-C, without a word
+        if end.code in _INTERRUPTED and not is_started():  # nothing has been said yet
             print(f"interrupted{_GOES_ON.get(sys.argv[1] if sys.argv[1:] else '', '')}", file=sys.stderr)
         raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modalmerge.cli.app import AsJson, Changes, answer, app, quieten
+from modalmerge.cli.processes import NumDevices, NumNodes, Strategy, processes
 from modalmerge.cli.training import resolve_preset, stage_progress, stage_text
 from modalmerge.registry import find
 
@@ -53,6 +54,9 @@ def heal(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.")],
     data: Annotated[str, typer.Option(help="Name of the data.")] = "scenes",
     config: Annotated[str, typer.Option(help="Preset that says which scenes, and how to heal.")] = "tiny",
+    devices: NumDevices = None,
+    nodes: NumNodes = None,
+    strategy: Strategy = "auto",
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,8 +65,10 @@ def heal(
     from modalmerge.study.single import heal_run
 
     find(DATASETS, data, "data set")
-    done = heal_run(resolve_preset(config, changes), merged, experts, output, **stage_progress(output.name))
-    answer(as_json, done, stage_text(done))
+    preset = resolve_preset(config, changes)
+    with processes(devices, nodes, strategy) as chosen:
+        done = heal_run(preset, merged, experts, output, devices=chosen, **stage_progress(output.name))
+        answer(as_json, done, stage_text(done))
 
 
 def statistics_from_data(

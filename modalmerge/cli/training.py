@@ -9,6 +9,7 @@ import typer
 
 from modalmerge.cli.app import AsJson, Changes, answer, app, command_line, print_json, print_yaml, quieten
 from modalmerge.cli.data import splits_progress
+from modalmerge.cli.processes import NumDevices, NumNodes, Strategy, processes
 from modalmerge.registry import find
 
 Data = Annotated[str, typer.Option(help="scenes, postcards, or a folder of prepared public sets (or one of them).")]
@@ -34,6 +35,9 @@ def study(
     data: Annotated[Path | None, typer.Option(help="Folder of prepared public sets, for preset paper.")] = None,
     init: Init = None,
     tokenizer: Tokenizer = None,
+    devices: NumDevices = None,
+    nodes: NumNodes = None,
+    strategy: Strategy = "auto",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,8 +51,20 @@ def study(
             raise ValueError(
                 "--workers: preset paper runs one stage at a time; set those that load data in its recipes"
             )
-        _study_paper(output or Path("runs/paper"), changes, budget, data, init, tokenizer, dry_run, as_json)
+        run, where = output or Path("runs/paper"), {"data": data, "init": init, "tokenizer": tokenizer}
+        if dry_run:
+            _show_paper(run, changes, where, as_json)
+            return
+        quieten()
+        from modalmerge.study.paper import load_paper
+
+        paper = load_paper(_pairs(changes))
+        training = [recipe.training for recipe in paper.recipes.values()]
+        with processes(devices, nodes, strategy, training=training) as chosen:
+            _study_paper(paper, run, budget, where, chosen, as_json)
         return
+    if (devices, nodes, strategy) != (None, None, "auto"):
+        raise ValueError(f"--devices, --nodes and --strategy are for preset paper; {preset} takes --workers")
     if data or init or tokenizer:
         raise ValueError(f"--data, --init and --tokenizer are for preset paper; {preset} is about the embedded world")
     from modalmerge.study.presets import to_dict
@@ -110,35 +126,32 @@ def _answer_study(
     print(f"{summary.num_cells} cells in {run / 'cells.jsonl'}, page in {report_path}")
 
 
-def _study_paper(
-    run: Path,
-    changes: list[str] | None,
-    budget: float | None,
-    data: Path | None,
-    init: Path | None,
-    tokenizer: str | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def _show_paper(run: Path, changes: list[str] | None, where: dict[str, Any], as_json: bool) -> None:
     quieten()
-    from modalmerge.report import summarise
-    from modalmerge.study.paper import load_paper, look_at_paper, paper_values, run_paper
+    from modalmerge.study.paper import load_paper, look_at_paper
 
-    paper = load_paper(_pairs(changes))
-    if dry_run:
-        shown, _ = look_at_paper(paper, run, data=data, init=init, tokenizer=tokenizer)
-        print_json(shown) if as_json else print_yaml(shown)
-        return
+    shown, _ = look_at_paper(load_paper(_pairs(changes)), run, **where)
+    print_json(shown) if as_json else print_yaml(shown)
+
+
+def _study_paper(
+    paper: Any, run: Path, budget: float | None, where: dict[str, Any], devices: Any, as_json: bool
+) -> None:
+    from modalmerge.ranks import is_first
+    from modalmerge.report import summarise
+    from modalmerge.study.paper import paper_values, run_paper
+
     cells, finished, planned = run_paper(
         paper,
         run,
-        data=data,
-        init=init,
-        tokenizer=tokenizer,
         command=command_line(),
         budget_minutes=budget,
+        devices=devices,
+        **where,
         **stage_progress(run.name),
     )
+    if not is_first():
+        return
     summary = summarise(cells, random_seeds=(paper.random_seed,), methods=paper.further_methods)
     _answer_study(run, paper_values(paper), summary, finished, planned, as_json)
 
@@ -172,6 +185,9 @@ def pretrain(
     data: Data = "scenes",
     init: Init = None,
     tokenizer: Tokenizer = None,
+    devices: NumDevices = None,
+    nodes: NumNodes = None,
+    strategy: Strategy = "auto",
     changes: Changes = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -187,8 +203,16 @@ def pretrain(
 
         _only_for_recipes(config, data=data != "scenes", init=init, tokenizer=tokenizer, dry_run=dry_run)
         preset, run = resolve_preset(config, changes), _needed(output)
-        done = pretrain_run(preset, run, architecture=architecture or "agnostic", seed=seed, **stage_progress(run.name))
-        answer(as_json, done, stage_text(done))
+        with processes(devices, nodes, strategy, training=[preset.pretraining]) as chosen:
+            done = pretrain_run(
+                preset,
+                run,
+                architecture=architecture or "agnostic",
+                seed=seed,
+                devices=chosen,
+                **stage_progress(run.name),
+            )
+            answer(as_json, done, stage_text(done))
         return
     from modalmerge.study.public import look, pretrain_recipe
 
@@ -197,10 +221,12 @@ def pretrain(
         _show_outlook(look(recipe, start=seed, progress=splits_progress("shards"), **where), output, as_json)
         return
     run = _needed(output)
-    done = pretrain_recipe(
-        recipe, run, seed=seed, progress=splits_progress("shards"), **where, **stage_progress(run.name)
-    )
-    answer(as_json, done, stage_text(done))
+    with processes(devices, nodes, strategy, training=[recipe.training]) as chosen:
+        done = pretrain_recipe(
+            recipe, run, seed=seed, progress=splits_progress("shards"), devices=chosen, **where,
+            **stage_progress(run.name),
+        )  # fmt: skip
+        answer(as_json, done, stage_text(done))
 
 
 @app.command(epilog="Example: modalmerge finetune tiny runs/merged --task vqa -o runs/merged-vqa")
@@ -215,6 +241,9 @@ def finetune(
     output: Output = None,
     data: Data = "scenes",
     tokenizer: Tokenizer = None,
+    devices: NumDevices = None,
+    nodes: NumNodes = None,
+    strategy: Strategy = "auto",
     changes: Changes = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -222,14 +251,16 @@ def finetune(
     """Fine-tune one model on a task; the same command goes on where it stopped."""
     recipe = _recipe(config, changes, is_pretraining=False)
     if recipe is None:
-        from modalmerge.study.single import finetune_run
+        from modalmerge.study.single import finetune_run, target_of
 
         _only_for_recipes(config, data=data not in EMBEDDED, tokenizer=tokenizer, dry_run=dry_run)
         if task is None:
             raise typer.BadParameter("Missing option '--task'.")
         preset, run = resolve_preset(config, changes), _needed(output)
-        done = finetune_run(preset, model, task, run, dataset=data, **stage_progress(run.name))
-        answer(as_json, done, stage_text(done))
+        training = [find(preset.finetuning, target_of(task, data), "task of the preset")]
+        with processes(devices, nodes, strategy, training=training) as chosen:
+            done = finetune_run(preset, model, task, run, dataset=data, devices=chosen, **stage_progress(run.name))
+            answer(as_json, done, stage_text(done))
         return
     from modalmerge.study.public import finetune_recipe, look
 
@@ -239,8 +270,11 @@ def finetune(
         _show_outlook(look(recipe, data=_folder(data), tokenizer=tokenizer, start=model), output, as_json)
         return
     run = _needed(output)
-    done = finetune_recipe(recipe, model, run, data=_folder(data), tokenizer=tokenizer, **stage_progress(run.name))
-    answer(as_json, done, stage_text(done))
+    with processes(devices, nodes, strategy, training=[recipe.training]) as chosen:
+        done = finetune_recipe(
+            recipe, model, run, data=_folder(data), tokenizer=tokenizer, devices=chosen, **stage_progress(run.name)
+        )
+        answer(as_json, done, stage_text(done))
 
 
 @app.command(epilog="Example: modalmerge evaluate runs/merged --task retrieval")
@@ -257,10 +291,27 @@ def evaluate(
         Path | None,
         typer.Option(help="File of answers to write, for public sets; where labels are known they are measured too."),
     ] = None,
+    devices: NumDevices = None,
+    nodes: NumNodes = None,
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on a task."""
+    with processes(devices, nodes):
+        _evaluate(model, task, data, split, config, tokenizer, submission, changes, as_json)
+
+
+def _evaluate(
+    model: Path,
+    task: str,
+    data: str,
+    split: str | None,
+    config: str | None,
+    tokenizer: str | None,
+    submission: Path | None,
+    changes: list[str] | None,
+    as_json: bool,
+) -> None:
     if data in EMBEDDED or not Path(data).exists():
         from modalmerge.study.single import evaluate_run
 
@@ -352,7 +403,7 @@ def _pairs(changes: list[str] | None) -> dict[str, str]:
 
 def stage_progress(name: str) -> dict[str, Any]:
     """Choose a bar on a terminal, plain lines elsewhere."""
-    from modalmerge.train.loop import plain_report
+    from modalmerge.train.progress import plain_report
 
     if sys.stderr.isatty():
         return {"show_bar": True}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modalmerge.model import ModalMergeConfig, expected_shapes
 from modalmerge.model.heads import AUXILIARY_CHANNELS
-from modalmerge.train.loop import TrainSettings
+from modalmerge.train.settings import TrainSettings
 
 FORMULA = """\
 operations of a layer, forward = 2 (2 D^2 t + (2 D^2 + 2 D F) r) + 4 D r t

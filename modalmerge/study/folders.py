@@ -15,7 +15,7 @@ from modalmerge.model import ModalMergeModel, load
 from modalmerge.records import Cell
 from modalmerge.study.plan import Job
 from modalmerge.study.presets import Preset
-from modalmerge.train.loop import Report
+from modalmerge.train.progress import Report
 from modalmerge.train.stages import save
 
 CELLS, CURVE, PREDICTIONS, STEPS, MODEL = (

@@ -1,6 +1,7 @@
 """The paper's whole recipe on public data, with what it is compared with: stages, merges, fine-tuning, cells."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modalmerge import ranks
 from modalmerge.checkpoint import atomic_file, atomic_folder
 from modalmerge.data.batches import drawn_batches
 from modalmerge.data.loading import load_public
@@ -38,7 +40,8 @@ from modalmerge.study.public import Outlook, evaluate_public, find_set, finetune
 from modalmerge.study.recipes import RECIPES, Recipe, deciding_values
 from modalmerge.study.runs import MODEL, SETTINGS, is_finished, summary
 from modalmerge.tasks import TASKS
-from modalmerge.train.loop import Report
+from modalmerge.train.devices import ALONE, Devices, on_first
+from modalmerge.train.progress import Report
 from modalmerge.train.stages import model_from, save
 
 NAME = "paper"
@@ -241,6 +244,7 @@ def run_paper(
     tokenizer: str | None = None,
     command: str,
     budget_minutes: float | None = None,
+    devices: Devices = ALONE,
     report: Report | None = None,
     show_bar: bool = False,
 ) -> tuple[list[Cell], int, int]:
@@ -254,6 +258,7 @@ def run_paper(
         tokenizer: see `load_tokenizer`.
         command: stored in the cells.
         budget_minutes: no stage is started after so long; None: no limit.
+        devices: that stages are trained and measured on; all of them merge, on statistics that they share.
 
     Returns:
         (all cells of the run, stages finished, stages in all).
@@ -268,13 +273,14 @@ def run_paper(
     for name in FOLDERS:
         (run / name).mkdir(parents=True, exist_ok=True)
     _keep_preset(study, run)
-    began, finished, planned = time.monotonic(), 0, stages(study)
+    began, finished, planned = on_first(time.monotonic)(), 0, stages(study)
     for stage in planned:
-        if budget_minutes is not None and time.monotonic() - began >= 60 * budget_minutes:
+        spent = on_first(time.monotonic)() - began
+        if budget_minutes is not None and spent >= 60 * budget_minutes:
             break
         folder = run / "stages" / stage.id
         start = run / "stages" / stage.start / MODEL
-        watched: dict[str, Any] = {"report": report, "show_bar": show_bar}
+        watched: dict[str, Any] = {"devices": devices, "report": report, "show_bar": show_bar}
         if stage.kind == "merge":
             _merge(study, run, stage, data)
         elif stage.kind == "pretrain":
@@ -294,6 +300,7 @@ def paper_values(study: Paper) -> dict[str, Any]:
     return {"name": NAME, **values}
 
 
+@on_first
 def _keep_preset(study: Paper, run: Path) -> None:
     path, now = run / PRESET_FILE, paper_values(study)
     del now["device"]  # no number depends on it
@@ -329,11 +336,16 @@ def _merge(study: Paper, run: Path, stage: Stage, data: Path) -> None:
         statistics=statistics,
     )
     config = change_config(experts.config, experts=expert_map("agnostic", experts.config.num_hidden_layers))
-    with atomic_folder(folder) as partial:
-        save(model_from(merged, config), words, partial / MODEL)
-        write_inputs(read_inputs(run / "stages" / stage.start / MODEL, experts.config), partial / MODEL)
-        told = {"steps": 0, "num_merged": record.num_merged}
-        (partial / SETTINGS).write_text(json.dumps({"asked": asked, "summary": told}, indent=2) + "\n")
+
+    @on_first
+    def write() -> None:
+        with atomic_folder(folder) as partial:
+            save(model_from(merged, config), words, partial / MODEL)
+            write_inputs(read_inputs(run / "stages" / stage.start / MODEL, experts.config), partial / MODEL)
+            told = {"steps": 0, "num_merged": record.num_merged}
+            (partial / SETTINGS).write_text(json.dumps({"asked": asked, "summary": told}, indent=2) + "\n")
+
+    write()
 
 
 def _statistics(study: Paper, experts: ModalMergeModel, words: Any, data: Path) -> Statistics:
@@ -351,18 +363,22 @@ def _statistics(study: Paper, experts: ModalMergeModel, words: Any, data: Path) 
     )
     count = min(study.statistics_pairs, len(pairs))
     seed = recipe.training.random_seed
-    return collect_statistics(
-        experts, drawn_batches(pairs, num_samples=count, batch_size=STATISTICS_BATCH, random_seed=seed)
-    )
+    batches = drawn_batches(pairs, num_samples=count, batch_size=STATISTICS_BATCH, random_seed=seed)
+    return collect_statistics(experts, itertools.islice(batches, ranks.rank(), None, ranks.num_ranks()))
 
 
 def _measured(study: Paper, run: Path, stage: Stage, data: Path, command: str) -> list[Cell]:
     """Measure what a stage left, once: on what is reported, or where that has no labels on what is selected on."""
     path = run / "measured" / f"{stage.id}.json"
-    if not path.exists():
+    if not on_first(path.exists)():
         cells = list(_measure(study, run, stage, data, command))
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))
+
+        @on_first
+        def write() -> None:
+            with atomic_file(path) as partial:
+                partial.write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))
+
+        write()
     return [Cell(**values) for values in json.loads(path.read_text())]
 
 
@@ -379,7 +395,7 @@ def _measure(study: Paper, run: Path, stage: Stage, data: Path, command: str) ->
     submission = None
     if TASKS[task].submit is not None and stage.kind == "finetune":
         submission = run / "submissions" / f"{stage.id}{SUFFIXES[task]}"
-        submission.unlink(missing_ok=True)  # of a call that was stopped before it wrote the cells
+        on_first(submission.unlink)(missing_ok=True)  # of a call that was stopped before it wrote the cells
     _, split, results = evaluate_public(source, task, folder, split=splits.report, submission=submission)
     if not results:  # its labels are not public
         _, split, results = evaluate_public(source, task, folder, split=splits.selection)
@@ -431,6 +447,7 @@ def _steps_behind(run: Path, planned: list[Stage], stage: Stage) -> int:
     return own + (_steps_behind(run, planned, before) if before else 0)
 
 
+@on_first
 def _append(run: Path, cells: list[Cell]) -> None:
     """Append cells that the file does not hold yet."""
     known = {cell.id for cell in read_lines(run / CELLS_FILE, Cell)}

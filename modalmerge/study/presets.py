@@ -19,7 +19,7 @@ from modalmerge.merge.methods import METHODS
 from modalmerge.model import ARCHITECTURES, SIZES, ModalMergeConfig
 from modalmerge.registry import find, unknown
 from modalmerge.study.targets import BASIC_TARGETS, TARGETS
-from modalmerge.train.loop import TrainSettings
+from modalmerge.train.settings import TrainSettings
 
 # fields of the model's configuration that `Preset.model` may set, by their defaults; the others follow from the rest
 _FOLLOWING = (

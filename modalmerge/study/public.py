@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
+from modalmerge import ranks
 from modalmerge.data import DATASETS
 from modalmerge.data.contract import TaskData
 from modalmerge.data.loading import TASK_KINDS, load_public, load_public_mixture, load_tokenizer
@@ -38,7 +39,8 @@ from modalmerge.study.recipes import SPLITS, Recipe, deciding_values, recipe_val
 from modalmerge.study.runs import Curve, finish, is_finished, scratch_folder, summary, trained
 from modalmerge.study.single import check_same_size
 from modalmerge.tasks import TASKS
-from modalmerge.train.loop import Report
+from modalmerge.train.devices import ALONE, Devices
+from modalmerge.train.progress import Report
 from modalmerge.train.stages import finetune, model_from, pretrain, start_experts, with_task_head
 
 TOKENIZER = "bert-base-uncased"  # the source's
@@ -240,6 +242,7 @@ def pretrain_recipe(
     init: Path | None = None,
     seed: Path | None = None,
     architecture: str | None = None,
+    devices: Devices = ALONE,
     report: Report | None = None,
     show_bar: bool = False,
     progress: Progress = no_progress,
@@ -288,7 +291,7 @@ def pretrain_recipe(
         settings=recipe.inputs,
     )
     scratch = scratch_folder(run, asked)
-    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    watched: dict[str, Any] = {"folder": scratch, "devices": devices, "report": report, "show_bar": show_bar}
     model, curve = trained(scratch, model, lambda: pretrain(model, pairs, words, settings=recipe.training, **watched))
     return _finish(run, scratch, asked, outlook, model, words, curve)
 
@@ -300,6 +303,7 @@ def finetune_recipe(
     *,
     data: Path | None,
     tokenizer: str | None = None,
+    devices: Devices = ALONE,
     report: Report | None = None,
     show_bar: bool = False,
     progress: Progress = no_progress,
@@ -336,7 +340,7 @@ def finetune_recipe(
     )
     model = with_task_head(resized, recipe.task, random_seed=recipe.training.random_seed, classes=pairs.classes)
     scratch = scratch_folder(run, asked)
-    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    watched: dict[str, Any] = {"folder": scratch, "devices": devices, "report": report, "show_bar": show_bar}
     model, curve = trained(
         scratch, model, lambda: finetune(model, recipe.task, pairs, settings=recipe.training, **watched)
     )
@@ -389,6 +393,7 @@ def evaluate_public(
         if submission is not None:
             assert chosen.submit is not None, "refused above"
             chosen.submit(model, on_device(loaded, model.device), submission)
+            ranks.wait()  # for the one that writes
     return prepared.name, split, results
 
 

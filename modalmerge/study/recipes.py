@@ -19,7 +19,7 @@ from modalmerge.registry import find
 from modalmerge.study.costs import Device
 from modalmerge.study.presets import apply_changes
 from modalmerge.tasks import TASKS
-from modalmerge.train.loop import TrainSettings
+from modalmerge.train.settings import TrainSettings, deciding_settings
 
 PRETRAINING = "pretraining"  # the task of recipes that are for no task
 STARTS = {
@@ -458,8 +458,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 def deciding_values(recipe: Recipe) -> dict[str, Any]:
     """Return the values of `recipe_values` that numbers depend on: a run goes on whatever the others are."""
-    values = recipe_values(recipe)
+    values: dict[str, Any] = deciding_settings(recipe_values(recipe))
     for name in ("source", "hardware", "expected", "device"):
         del values[name]
-    del values["training"]["num_workers"]
     return values

@@ -1,4 +1,7 @@
-"""The folder of one run of one stage: whole or not there, gone on with, never written over."""
+"""The folder of one run of one stage: whole or not there, gone on with, never written over.
+
+Where several processes run the stage the first one alone looks and writes, and the others learn what came of it.
+"""
 
 import json
 import os
@@ -14,7 +17,8 @@ from modalmerge.model import ModalMergeModel, load_model_folder
 from modalmerge.records import Result
 from modalmerge.study.inputs import ModelInputs, write_inputs
 from modalmerge.study.presets import from_dict, to_dict
-from modalmerge.train.loop import TrainSettings
+from modalmerge.train.devices import on_first
+from modalmerge.train.settings import TrainSettings, differences
 from modalmerge.train.stages import save
 
 SETTINGS, CURVE, MODEL = "settings.json", "curve.json", "model"
@@ -22,11 +26,12 @@ TRAINED = "trained"  # in the scratch folder
 Curve = list[dict[str, int | float]]
 
 
+@on_first
 def is_finished(run: Path, asked: Mapping[str, Any]) -> bool:
     """Tell whether a folder is the finished run of what is asked for.
 
     Args:
-        asked: everything that decides the numbers, as JSON takes it.
+        asked: everything that decides the numbers, as JSON takes it; settings of training may be whole.
 
     Raises:
         ValueError: the folder holds something else.
@@ -38,18 +43,19 @@ def is_finished(run: Path, asked: Mapping[str, Any]) -> bool:
         if os.path.lexists(run):
             raise ValueError(f"{run} is not empty and no finished run; choose another folder with -o")
         return False
-    if not _is_same(json.loads(path.read_text())["asked"], asked):
-        raise ValueError(f"{run} holds a run with other settings (see {SETTINGS} in it); choose another with -o")
+    if differing := _what_differs(json.loads(path.read_text())["asked"], asked):
+        raise ValueError(f"{run} holds a run with other settings ({differing}); choose another with -o")
     return True
 
 
-def _is_same(there: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+def _what_differs(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """Compare what was asked for, perhaps before a preset had all its present fields, with what is asked for now."""
     if "preset" in there:
         there = {**there, "preset": to_dict(from_dict(there["preset"]))}
-    return there == json.loads(json.dumps(asked))
+    return ", ".join(differences(there, json.loads(json.dumps(asked))))
 
 
+@on_first
 def scratch_folder(run: Path, asked: Mapping[str, Any]) -> Path:
     """Return the folder of an unfinished run, beside the one that will appear; its checkpoint knows its settings.
 
@@ -59,8 +65,10 @@ def scratch_folder(run: Path, asked: Mapping[str, Any]) -> Path:
     folder = run.with_name(run.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
-    if path.exists() and not _is_same(json.loads(path.read_text()), asked):
-        raise ValueError(f"{folder} is an interrupted run with other settings; remove it, or choose another with -o")
+    if path.exists() and (differing := _what_differs(json.loads(path.read_text()), asked)):
+        raise ValueError(
+            f"{folder} is an interrupted run with other settings ({differing}); remove it, or choose another with -o"
+        )
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(asked))
     return folder
@@ -70,21 +78,27 @@ def trained(scratch: Path, model: ModalMergeModel, train: Callable[[], Curve]) -
     """Train a model once: what comes is kept in the scratch folder until `finish`, so that measuring may fail.
 
     Args:
-        train: trains `model` in place, and returns its curve.
+        train: trains `model` in place, the same in all processes, and returns its curve.
 
     Returns:
         (the trained model, its curve), of this call or of an earlier one.
     """
     kept = scratch / TRAINED
-    if kept.exists():
+    if on_first(kept.exists)():
         return load_model_folder(kept), json.loads((kept / CURVE).read_text())
     curve = train()
-    with atomic_folder(kept) as folder:
-        model.save_pretrained(folder)
-        (folder / CURVE).write_text(json.dumps(curve))
+    _keep(kept, model, curve)
     return model, curve
 
 
+@on_first
+def _keep(kept: Path, model: ModalMergeModel, curve: Curve) -> None:
+    with atomic_folder(kept) as folder:
+        model.save_pretrained(folder)
+        (folder / CURVE).write_text(json.dumps(curve))
+
+
+@on_first
 def finish(
     run: Path,
     scratch: Path,
@@ -113,9 +127,14 @@ def finish(
         if (scratch / "tensorboard").exists():
             os.replace(scratch / "tensorboard", folder / "tensorboard")
     shutil.rmtree(scratch)
-    return summary(run)
+    return _summary(run)
 
 
+@on_first
 def summary(run: Path) -> dict[str, Any]:
     """Read what a finished run tells: `steps`, `losses` of the last one, `metrics`, `checkpoint`."""
+    return _summary(run)
+
+
+def _summary(run: Path) -> dict[str, Any]:
     return {**json.loads((run / SETTINGS).read_text())["summary"], "checkpoint": str(run / MODEL)}

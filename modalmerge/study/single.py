@@ -14,7 +14,8 @@ from modalmerge.study.presets import Preset, to_dict
 from modalmerge.study.runs import finish, is_finished, scratch_folder, summary, trained
 from modalmerge.study.targets import TARGETS
 from modalmerge.tasks import TASKS
-from modalmerge.train.loop import Report
+from modalmerge.train.devices import ALONE, Devices
+from modalmerge.train.progress import Report
 from modalmerge.train.stages import finetune, heal, initial_model, pretrain, start_experts, with_task_head
 
 
@@ -24,6 +25,7 @@ def pretrain_run(
     *,
     architecture: str,
     seed: Path | None = None,
+    devices: Devices = ALONE,
     report: Report | None = None,
     show_bar: bool = False,
 ) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def pretrain_run(
         model = start_experts(start, config.experts)
     data, tokenizer = split_data(preset, "pretrain"), scenes_tokenizer()
     scratch = scratch_folder(run, asked)
-    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    watched: dict[str, Any] = {"folder": scratch, "devices": devices, "report": report, "show_bar": show_bar}
     model, curve = trained(scratch, model, lambda: pretrain(model, data, tokenizer, settings=settings, **watched))
     results = evaluate(model, "retrieval", split_data(preset, "validation"))
     return finish(
@@ -73,6 +75,7 @@ def finetune_run(
     run: Path,
     *,
     dataset: str = "scenes",
+    devices: Devices = ALONE,
     report: Report | None = None,
     show_bar: bool = False,
 ) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def finetune_run(
     model = with_task_head(loaded, task, random_seed=preset.random_seeds[0], classes=data.classes)
     settings = dataclasses.replace(preset.finetuning[target], random_seed=preset.random_seeds[0])
     scratch = scratch_folder(run, asked)
-    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    watched: dict[str, Any] = {"folder": scratch, "devices": devices, "report": report, "show_bar": show_bar}
     model, curve = trained(scratch, model, lambda: finetune(model, task, data, settings=settings, **watched))
     results = evaluate(model, task, split_data(preset, "validation", target))
     return finish(
@@ -105,7 +108,14 @@ def finetune_run(
 
 
 def heal_run(
-    preset: Preset, merged: Path, experts: Path, run: Path, *, report: Report | None = None, show_bar: bool = False
+    preset: Preset,
+    merged: Path,
+    experts: Path,
+    run: Path,
+    *,
+    devices: Devices = ALONE,
+    report: Report | None = None,
+    show_bar: bool = False,
 ) -> dict[str, Any]:
     """Distil experts into what was merged from them, into `run`, and measure it zero-shot; goes on as `pretrain_run`.
 
@@ -121,7 +131,7 @@ def heal_run(
     _check_pair(model, teacher, merged, experts)
     settings = dataclasses.replace(preset.healing, random_seed=preset.random_seeds[0])
     scratch, data = scratch_folder(run, asked), split_data(preset, "pretrain")
-    watched: dict[str, Any] = {"folder": scratch, "report": report, "show_bar": show_bar}
+    watched: dict[str, Any] = {"folder": scratch, "devices": devices, "report": report, "show_bar": show_bar}
     model, curve = trained(scratch, model, lambda: heal(model, teacher, data, settings=settings, **watched))
     results = evaluate(model, "retrieval", split_data(preset, "validation"))
     return finish(

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from modalmerge import ranks
 from modalmerge.checkpoint import atomic_folder
 from modalmerge.data.batches import step_generator, step_samples
 from modalmerge.data.contract import Batch, TaskData
@@ -21,8 +22,11 @@ from modalmerge.model import ModalMergeConfig, ModalMergeModel, change_config, d
 from modalmerge.registry import find
 from modalmerge.tasks import TASKS
 from modalmerge.tasks.masked import MASKED_FRACTION
-from modalmerge.train.loop import Report, TrainSettings, train
+from modalmerge.train.devices import ALONE, Devices
+from modalmerge.train.loop import train
 from modalmerge.train.objectives import PretrainingBatch, pretraining_losses
+from modalmerge.train.progress import Report, sample_numbers
+from modalmerge.train.settings import TrainSettings
 
 # what a merged model has in common with its experts
 _SIZES = (
@@ -58,9 +62,10 @@ def model_from(tensors: Mapping[str, Tensor], config: ModalMergeConfig) -> Modal
 
 
 def numbered_batch(data: TaskData, settings: TrainSettings, number: int) -> Batch:
-    """Make one batch of a training run: which samples, and what is drawn for them, depends on its number alone."""
+    """Make this rank's rows of one batch of a run: the samples and what is drawn depend on the number alone."""
     samples = step_samples(len(data), settings.samples_at_once, number, settings.random_seed)
-    return data.train_batch(samples, step_generator(settings.random_seed, number))
+    rows = ranks.own_rows(settings.samples_at_once)
+    return data.train_batch(samples, step_generator(settings.random_seed, number), rows=rows)
 
 
 def pretraining_batch(
@@ -71,14 +76,15 @@ def pretraining_batch(
     *,
     continuations: Int[Tensor, " id"] | None = None,
 ) -> PretrainingBatch:
-    """Make one batch of pre-training: a caption of each image, drawn, and the same with words hidden.
+    """Make this rank's rows of one batch of pre-training: a caption of each image, drawn, and that with words hidden.
 
     Args:
         continuations: ids of pieces that continue a word, from `continuation_ids`; None: every token is a word.
     """
     generator = step_generator(settings.random_seed, number)
     samples = step_samples(len(data), settings.samples_at_once, number, settings.random_seed)
-    batch = data.train_batch(samples, generator)
+    rows = ranks.own_rows(settings.samples_at_once)
+    batch = data.train_batch(samples, generator, rows=rows)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     masked, labels = mask_words(
         ids,
@@ -89,6 +95,8 @@ def pretraining_batch(
         mask_id=tokenizer.mask_token_id,
         special_ids=tokenizer.all_special_ids,
         generator=generator,
+        rows=rows,
+        num_rows=settings.samples_at_once,
     )
     return PretrainingBatch(
         pixel_values=batch["pixel_values"],
@@ -106,6 +114,7 @@ def pretrain(
     *,
     settings: TrainSettings,
     folder: Path,
+    devices: Devices = ALONE,
     report: Report | None = None,
     show_bar: bool = False,
 ) -> list[dict[str, int | float]]:
@@ -120,6 +129,8 @@ def pretrain(
         make_batch=partial(pretraining_batch, data, tokenizer, settings, continuations=continuation_ids(tokenizer)),
         losses=lambda batch, generator: pretraining_losses(model, batch, generator=generator),
         folder=folder,
+        devices=devices,
+        describe_batch=partial(sample_numbers, data, settings),
         report=report,
         show_bar=show_bar,
     )
@@ -169,6 +180,7 @@ def finetune(
     *,
     settings: TrainSettings,
     folder: Path,
+    devices: Devices = ALONE,
     report: Report | None = None,
     show_bar: bool = False,
 ) -> list[dict[str, int | float]]:
@@ -184,6 +196,8 @@ def finetune(
         make_batch=partial(numbered_batch, data, settings),
         losses=lambda batch, _: {"loss": chosen.loss(model, batch)},
         folder=folder,
+        devices=devices,
+        describe_batch=partial(sample_numbers, data, settings),
         report=report,
         show_bar=show_bar,
     )
@@ -196,6 +210,7 @@ def heal(
     *,
     settings: TrainSettings,
     folder: Path,
+    devices: Devices = ALONE,
     report: Report | None = None,
     show_bar: bool = False,
 ) -> list[dict[str, int | float]]:
@@ -226,6 +241,8 @@ def heal(
         make_batch=partial(numbered_batch, data, settings),
         losses=lambda batch, _: distillation_loss(model, frozen.to(batch["input_ids"].device), batch),
         folder=folder,
+        devices=devices,
+        describe_batch=partial(sample_numbers, data, settings),
         report=report,
         show_bar=show_bar,
     )
