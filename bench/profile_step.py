@@ -21,8 +21,8 @@ from modalmerge.model import ModalMergeModel
 from modalmerge.study import load_preset
 from modalmerge.study.driver import code_version
 from modalmerge.study.jobs import model_config, split_data
-from modalmerge.train.loop import parameter_groups
 from modalmerge.train.objectives import pretraining_losses
+from modalmerge.train.optimiser import parameter_groups
 from modalmerge.train.stages import initial_model, pretraining_batch
 
 # Name of a forward operator, or of a backward node, -> kind of all that runs inside it; the rest goes by `OWN`.

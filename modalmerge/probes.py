@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,7 +21,8 @@ from modalmerge.merge.collect import evaluation_mode
 from modalmerge.merge.methods.elementwise import interpolation
 from modalmerge.merge.procedures.passes import contrastive_terms, run_pairs
 from modalmerge.model import COMPONENTS, ModalMergeModel
-from modalmerge.model.modeling import Layer
+from modalmerge.model.layer import Layer
+from modalmerge.model.packing import Pack
 from modalmerge.tasks.contract import Batch
 
 BOTH = "both"  # the curve on which one set of weights stands in the place of both experts
@@ -468,7 +469,7 @@ def expert_similarity(
     with evaluation_mode(model), torch.inference_mode(), comparison.hooks(model):
         for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            run_pairs(model, batch, comparison.tokens)
+            run_pairs(model, batch)
             num_samples += len(batch["input_ids"])
             if report is not None:
                 report(num_samples)
@@ -492,7 +493,6 @@ class _Comparison:
 
     def __init__(self, model: ModalMergeModel) -> None:
         self._config = model.config
-        self._real: Tensor | None = None
         self.sums = {
             (number, component, experts, owner): CKASums()
             for number in range(self._config.num_hidden_layers)
@@ -511,31 +511,37 @@ class _Comparison:
                     stack.callback(hook.remove)
             yield
 
-    @contextlib.contextmanager
-    def tokens(self, masks: Bool[Tensor, " B T"] | Mapping[str, Bool[Tensor, " B T"]]) -> Iterator[None]:
-        """Say which tokens are real; those of two segments at once are not looked at."""
-        self._real = masks if isinstance(masks, Tensor) else None
-        yield
-        self._real = None
-
     def _components(self, number: int) -> list[str]:
         parts = self._config.parts(number)
         return [component for component in _WHOLE if parts.intersection(COMPONENTS[component])]
 
-    def _see(self, number: int, layer: Layer, segments: Sequence[tuple[str, Tensor]], bias: Tensor) -> None:
-        if self._real is None:  # attention over the tokens of two experts; they are run alone, too
+    def _see(
+        self,
+        number: int,
+        layer: Layer,
+        segments: Sequence[tuple[str, Tensor]],
+        pack: Pack,
+        biases: Sequence[Tensor],
+        is_last: bool,
+    ) -> None:
+        if len(segments) > 1:  # attention over the tokens of two experts; they are run alone, too
             return
-        ((owner, hidden),) = segments
-        added = _added(layer, owner, self._config.modalities(number), hidden, bias)
+        ((owner, rows),) = segments
+        added = _added(layer, owner, self._config.modalities(number), rows, pack, biases)
         for (layer_number, component, experts, on), sums in self.sums.items():
             if (layer_number, on) == (number, owner):
-                first, second = (added[component, expert][self._real] for expert in experts)
+                first, second = (added[component, expert] for expert in experts)
                 sums.add(first, second)
 
 
 def _added(
-    layer: Layer, owner: str, experts: Sequence[str], hidden: Tensor, bias: Tensor
-) -> dict[tuple[str, str], Tensor]:
+    layer: Layer,
+    owner: str,
+    experts: Sequence[str],
+    rows: Float[Tensor, " N D"],
+    pack: Pack,
+    biases: Sequence[Tensor],
+) -> dict[tuple[str, str], Float[Tensor, " N D"]]:
     """Take what each expert's attention, and its feed-forward network, adds to the states of the owner."""
     added, entered = {}, {}
     for expert in experts:
@@ -543,7 +549,7 @@ def _added(
             _last_call(layer.expert("attention", expert).output) as attention,
             _last_call(layer.expert("norm2", expert)) as norm,
         ):
-            layer.forward([(expert, hidden)], bias)  # not called, or the hook on the layer would see this, too
+            layer.forward([(expert, rows)], pack, biases)  # not called, or the hook on the layer would see this, too
         added["attention", expert] = attention["output"] * layer.attention_scale
         entered[expert] = norm["input"]
     for expert in experts:

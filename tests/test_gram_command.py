@@ -155,11 +155,11 @@ def test_the_naive_hook_sees_what_ours_does():
     batch = bench.make_batch(model, 1)
     with torch.inference_mode():
         with bench.GramCollector(model, bench.own_inputs(model)) as collector:
-            bench.run_pairs(model, batch, collector.tokens)
+            bench.run_pairs(model, batch)
         grams, _ = collector.result()
         sums = {}
-        with bench._naive(model, sums) as tokens:
-            bench.run_pairs(model, batch, tokens)
+        with bench._naive(model, sums):
+            bench.run_pairs(model, batch)
     assert set(sums) == set(bench.own_inputs(model))
     for name, key in bench.own_inputs(model).items():
         torch.testing.assert_close(grams[key].double(), sums[name], rtol=1e-4, atol=1e-4)

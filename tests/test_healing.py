@@ -12,7 +12,7 @@ from modalmerge.layouts import load_layout
 from modalmerge.merge.apply import merge_tensors
 from modalmerge.merge.procedures.healing import PASSES, distillation_loss, final_states, state_distance
 from modalmerge.model import change_config, expert_map, load
-from modalmerge.train.loop import TrainSettings
+from modalmerge.train.settings import TrainSettings
 from modalmerge.train.stages import heal, initial_model, model_from, save
 
 SETTINGS = TrainSettings(num_steps=20, batch_size=8, learning_rate=3e-3, accelerator="cpu", checkpoint_steps=0)

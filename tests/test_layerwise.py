@@ -71,7 +71,7 @@ def test_it_equals_starting_anew_for_every_layer(architecture, early_attention):
         inputs = {name: key for name, key in own_inputs(model).items() if name.startswith(f"layers.{layer}.")}
         with GramCollector(until_here, inputs) as collector, torch.no_grad():
             for batch in data:
-                run_pairs(until_here, batch, collector.tokens)
+                run_pairs(until_here, batch)
         grams, num_tokens = collector.result()
         for key, gram in grams.items():
             torch.testing.assert_close(found.grams[key], gram, rtol=1e-4, atol=1e-4, msg=str(key))

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from modalmerge.data.arrays import CaptionArrays
+from modalmerge.data.batches import step_generator
 from modalmerge.data.text import PAD, build_tokenizer, encode, mask_words, word_index
 from modalmerge.model import ModalMergeConfig, expert_map
 from modalmerge.tasks import masked
-from modalmerge.tasks.masked import PATHS, masked_accuracy
-from modalmerge.train.loop import TrainSettings
+from modalmerge.tasks.masked import hidden_states, masked_accuracy
+from modalmerge.train.settings import TrainSettings
 from modalmerge.train.stages import initial_model, pretrain
 
 COLOURS = {"red": (222, 38, 38), "green": (30, 160, 62), "blue": (38, 74, 226), "white": (250, 250, 250)}
@@ -62,9 +63,9 @@ def test_a_model_that_always_says_one_word(batch, monkeypatch):
         made.heads["masked_language"].decoder.bias[word] = 1.0
     data = captions()
     results = masked_accuracy(made, data, TOKENIZER, random_seed=4, probability=0.5)
-    generator, right, total = torch.Generator().manual_seed(4), 0, 0
-    for first in range(0, 12, batch):
-        ids = data.captions[first : first + batch].flatten(0, 1)
+    right = total = 0
+    for number, captioned in enumerate(data.captions.split(batch)):
+        ids = captioned.flatten(0, 1)
         _, labels = mask_words(
             ids,
             (ids != PAD).long(),
@@ -73,7 +74,7 @@ def test_a_model_that_always_says_one_word(batch, monkeypatch):
             vocab_size=len(TOKENIZER),
             mask_id=4,
             special_ids=range(5),
-            generator=generator,
+            generator=step_generator(4, number),
         )
         right += int((labels == word).sum())
         total += int((labels != -100).sum())
@@ -88,9 +89,16 @@ class TestWhatAPathSees:
 
     @staticmethod
     def states(path, made, data):
-        return PATHS[{"joint": "masked_accuracy", "text": "text_masked_accuracy"}[path]](
-            made.eval(), data.batch(torch.arange(len(data)))
-        ).detach()
+        """Of every real token, [N, T, D]."""
+        batch, metric = (
+            data.batch(torch.arange(len(data))),
+            {"joint": "masked_accuracy", "text": "text_masked_accuracy"},
+        )
+        real = batch["attention_mask"].bool()
+        rows = hidden_states(made.eval(), batch, real)[metric[path]].detach()
+        states = torch.zeros(*real.shape, rows.shape[1])
+        states[real] = rows
+        return states
 
     def test_the_text_alone_does_not_see_images(self):
         data, grey = captions(), captions()

@@ -19,6 +19,7 @@ from modalmerge.model import (
     positions,
     size_config,
 )
+from modalmerge.model.packing import Block, Span
 from modalmerge.tasks.retrieval import contrastive_loss, similarities
 from modalmerge.train.objectives import PretrainingBatch, draw_negatives, pretraining_losses
 
@@ -243,20 +244,18 @@ class TestForward:
         model, batch = make_model(architecture), make_batch()
         text = model.before_fusion(model.begin_text(batch.input_ids, batch.attention_mask))
         image = model.before_fusion(model.begin_image(batch.pixel_values))
-        index = torch.tensor([[1, 4], [2, 0], [12, 12]])
         whole = model.fuse(text, image)
-        for read, wanted in (
-            (slice(0, 1), whole[:, :1]),
-            (slice(3, 9), whole[:, 3:9]),
-            (index, torch.stack([whole[row, index[row]] for row in range(3)])),
-        ):
-            torch.testing.assert_close(model.fuse(text, image, read=read), wanted, rtol=0, atol=1e-12)
+        for read in (slice(0, 1), slice(3, 9), slice(6, 13)):
+            torch.testing.assert_close(model.fuse(text, image, read=read), whole[:, read], rtol=0, atol=1e-12)
+        chosen = torch.zeros(whole.shape[:2], dtype=torch.bool)
+        chosen[0, [1, 4]], chosen[2, [0, 2, 12]] = True, True  # none of the second
+        torch.testing.assert_close(model.fuse(text, image, read=chosen), whole[chosen], rtol=0, atol=1e-12)
         for prefix, joint_path in ((text, False), (text, True), (image, False), (image, True)):
             whole = model.finish_alone(prefix, joint_path=joint_path)
-            index = torch.tensor([[4, 1], [0, 3], [2, 2]])
-            wanted = torch.stack([whole[row, index[row]] for row in range(3)])
-            actual = model.finish_alone(prefix, joint_path=joint_path, read=index)
-            torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+            chosen = torch.zeros(whole.shape[:2], dtype=torch.bool)
+            chosen[0, [1, 2]], chosen[1, 0] = True, True
+            actual = model.finish_alone(prefix, joint_path=joint_path, read=chosen)
+            torch.testing.assert_close(actual, whole[chosen], rtol=0, atol=1e-12)
             actual = model.finish_alone(prefix, joint_path=joint_path, read=slice(0, 1))
             torch.testing.assert_close(actual, whole[:, :1], rtol=0, atol=1e-12)
 
@@ -334,11 +333,16 @@ class TestTraining:
     def test_drop_path_keeps_the_mean(self):
         layer = make_model(drop_path=0.5).layers[3].train()
         torch.manual_seed(0)
-        update = torch.ones(20000, 1, 16, dtype=torch.float64)
-        out = layer.add(torch.zeros_like(update), update, torch.ones(16, dtype=torch.float64))
-        assert sorted(out.unique().tolist()) == [0.0, 2.0]
-        assert torch.equal(out, out[:, :1, :1].expand_as(out))  # a sample is dropped as a whole
-        assert out.mean().item() == pytest.approx(1, abs=0.05)
+        mask = torch.tensor([[True, True, False], [True, True, True]]).repeat(5000, 1)
+        ragged = Block(samples=None, count=10000, text_length=3, image_length=0, mask=mask).spans(apart=False)[0]
+        rows = torch.zeros(10000 * 4 + ragged.num_rows, 16, dtype=torch.float64)
+        keep = layer._keep(rows, [Span(count=10000, length=4), ragged], None)
+        assert keep.shape == (len(rows), 1) and sorted(keep.unique().tolist()) == [0.0, 2.0]
+        first, second = keep[:40000].view(10000, 4), keep[40000:].view(5000, 5)
+        for own in (first, second[:, :2], second[:, 2:]):  # a sequence is dropped as a whole
+            assert torch.equal(own, own[:, :1].expand_as(own))
+        assert keep.mean().item() == pytest.approx(1, abs=0.05)
+        assert layer.eval()._keep(rows, [], None) is None
 
 
 def straight_losses(model, batch, negatives):

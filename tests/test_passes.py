@@ -1,5 +1,3 @@
-import contextlib
-
 import micro
 import pytest
 import torch
@@ -11,7 +9,6 @@ from modalmerge.merge.procedures import passes
 from modalmerge.merge.procedures.passes import collect_statistics, contrastive_terms, own_inputs, run_pairs
 from modalmerge.merge.statistics import identify_tensors
 from modalmerge.model import Prefix
-from modalmerge.model.modeling import _joint_mask
 
 torch.set_num_threads(1)
 
@@ -68,7 +65,8 @@ def layer_by_hand(made, index, modality, hidden, seen):
     attention, ffn = layer.expert("attention", modality), layer.expert("ffn", modality)
     normed = layer.expert("norm1", modality)(hidden)
     yield modality, f"layers.{index}.attention.qkv", normed
-    query, key, value = attention(normed)
+    heads = (layer.num_heads, -1)
+    query, key, value = (x[None].unflatten(2, heads).transpose(1, 2) for x in attention(normed[0])[0].chunk(3, 1))
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
     attended = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
     yield modality, f"layers.{index}.attention.output", attended
@@ -165,7 +163,8 @@ def test_experts_that_attend_to_each_other_early_are_counted_alone_and_together(
         text = made.begin_text(pairs["input_ids"], pairs["attention_mask"])
         text, image = made.begin_joint(text, made.begin_image(pairs["pixel_values"]))
         rows = made.layers[1].expert("norm1", "joint")(torch.cat([text.hidden, image.hidden], 1))
-        rows = rows[_joint_mask(text, image)].double()
+        real = torch.cat([pairs["attention_mask"].bool(), torch.ones(image.hidden.shape[:2]).bool()], 1)
+        rows = rows[real].double()
     torch.testing.assert_close(
         found.grams["joint", "layers.1.attention.qkv"].double(), rows.T @ rows, rtol=1e-4, atol=1e-4
     )
@@ -183,19 +182,16 @@ def test_what_lies_before_the_fusion_is_computed_once():
     assert [state.shape[1] for state in states] == [5, 6, 11]
 
 
-def test_masks_say_what_is_padding():
-    seen = []
-
-    @contextlib.contextmanager
-    def tokens(masks):
-        seen.append(masks)
-        yield
-
-    pairs = batch()
-    run_pairs(model(), pairs, tokens)
-    real = pairs["attention_mask"].bool()
-    patches = torch.ones(6, 5).bool()
-    assert all(map(torch.equal, seen, [patches, real, torch.cat([real, patches], 1)]))
+def test_no_padding_goes_through_a_layer():
+    made, pairs, seen = model(), batch(), []
+    for layer in made.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append([(m, len(rows)) for m, rows in args[0]]))
+    states = run_pairs(made, pairs)
+    num_words, num_patches = int(pairs["attention_mask"].sum()), 6 * 5
+    alone = [[("vision", num_patches)], [("text", num_words)]]
+    assert seen == [*alone, *(x for x in alone for _ in range(2)), *[[("joint", num_words + num_patches)]] * 2]
+    padding = ~pairs["attention_mask"].bool()
+    assert padding.any() and not states[1][padding].any() and not states[2][:, :6][padding].any()
 
 
 def test_a_quarter_of_the_tokens_is_the_same_again():

@@ -212,12 +212,7 @@ def test_it_is_what_the_residual_stream_gains(component):
             for batch in batches:
                 made.before_fusion(made.begin_text(batch["input_ids"], batch["attention_mask"]))
         before, after = ("entered", "between") if component == "attention" else ("between", "left")
-        gained[expert] = torch.cat(
-            [
-                (new - old)[batch["attention_mask"].bool()]
-                for batch, old, new in zip(batches, states[before], states[after], strict=True)
-            ]
-        )
+        gained[expert] = torch.cat([new - old for old, new in zip(states[before], states[after], strict=True)])
     (found,) = (
         one.cka
         for one in expert_similarity(model, batches)

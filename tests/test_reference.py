@@ -13,7 +13,6 @@ from modalmerge.model.convert import names
 from modalmerge.tasks import retrieval, vqa
 from modalmerge.train.objectives import (
     PretrainingBatch,
-    contrastive_paths,
     draw_negatives,
     matching_loss,
     pretraining_losses,
@@ -76,11 +75,18 @@ def negatives(architecture: str, which: str) -> tuple[torch.Tensor, torch.Tensor
     return torch.tensor(drawn["image"]), torch.tensor(drawn["text"])
 
 
-def check(key: str, actual: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
-    """Compare with the stored values, and with the sums of the whole tensor where only a part is stored."""
+def check(key: str, actual: torch.Tensor, stored: dict[str, torch.Tensor], *, real: torch.Tensor | None = None) -> None:
+    """Compare with the stored values, and with the sums of the whole tensor where only a part is stored.
+
+    `real` says which tokens are no padding: of that the authors compute states, we do not.
+    """
     facts, wanted = OUTPUTS[key], stored[key]
     assert list(actual.shape) == facts["shape"], key
     part = actual[..., : wanted.shape[-1]]
+    if real is not None:
+        torch.testing.assert_close(part[real], wanted[real], rtol=RELATIVE, atol=ABSOLUTE)
+        assert not torch.allclose(part, wanted)  # there is padding
+        return
     torch.testing.assert_close(part, wanted, rtol=RELATIVE, atol=ABSOLUTE, msg=lambda text: f"{key}: {text}")
     flat = actual.double().flatten()
     assert float(flat @ flat) == pytest.approx(facts["sumsq"], rel=RELATIVE), key
@@ -111,11 +117,11 @@ class TestPretraining:
         key = f"{architecture}/pretrain"
         check(f"{key}/{function}/cls_feats", output.pooled, stored)
         check(f"{key}/{function}/raw_cls_feats", hidden[:, 0], stored)
-        check(f"{key}/{function}/text_feats", hidden[:, :TEXT_LENGTH], stored)
+        check(f"{key}/{function}/text_feats", hidden[:, :TEXT_LENGTH], stored, real=batch.attention_mask.bool())
         check(f"{key}/{function}/image_feats", hidden[:, TEXT_LENGTH:], stored)
         if function == "infer_mlm":
             logits = model.heads["masked_language"](hidden[:, :TEXT_LENGTH])
-            check(f"{key}/mlm_logits", logits, stored)
+            check(f"{key}/mlm_logits", logits, stored, real=batch.attention_mask.bool())
 
     @torch.no_grad()
     @pytest.mark.parametrize("modality", ["text", "image"])
@@ -133,8 +139,9 @@ class TestPretraining:
         early = model.before_fusion(begun)
         joint = model.norm(model.finish_alone(early, joint_path=True))[:, 0]
         key = f"{architecture}/pretrain/infer_{modality}"
+        real = batch.attention_mask.bool() if modality == "text" else None
         for suffix in ("", "_ft"):
-            check(f"{key}{suffix}/feats", output.last_hidden_state, stored)
+            check(f"{key}{suffix}/feats", output.last_hidden_state, stored, real=real)
             check(f"{key}{suffix}/cls_feats", features, stored)
         check(f"{key}/cls_vlffn_feats", model.heads["joint_contrastive"].project(joint, name), stored)
         check(f"{key}/raw_cls_feats", model.finish_alone(early)[:, 0], stored)
@@ -144,7 +151,8 @@ class TestPretraining:
         batch, model = inputs(), model_of(architecture)
         text = model.before_fusion(model.begin_text(batch.input_ids, batch.attention_mask))
         image = model.before_fusion(model.begin_image(batch.pixel_values))
-        scores, loss = contrastive_paths(model, text, image)
+        paths = [retrieval.path_scores(model, image, text, joint_path=joint_path) for joint_path in (False, True)]
+        scores, loss = paths[0], sum(retrieval.contrastive_loss(own) for own in paths) / 2
         key = f"{architecture}/pretrain"
         check(f"{key}/ifm_i2t_logits", scores, stored)
         check(f"{key}/ifm_t2i_logits", scores.T, stored)
@@ -228,7 +236,7 @@ class TestFineTuning:
         check(f"{key}/infer_text_ft/cls_feats", text, stored)
         check(f"{key}/infer_image_ft/cls_feats", image, stored)
         hidden = model(batch.input_ids, batch.attention_mask).last_hidden_state
-        check(f"{key}/infer_text_ft/feats", hidden, stored)
+        check(f"{key}/infer_text_ft/feats", hidden, stored, real=batch.attention_mask.bool())
         check(f"{key}/infer_image_ft/feats", model(pixel_values=batch.pixel_values).last_hidden_state, stored)
         scores = model.heads["contrastive"].logit_scale.exp() * image @ text.T
         check(f"{key}/irtr_i2t_logits", scores, stored)

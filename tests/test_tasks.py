@@ -158,16 +158,14 @@ def test_questions_together_are_answered_as_one_by_one(early_attention, architec
 
 
 @EARLY
-def test_pairs_go_on_in_parts_where_masks_are_large(early_attention, monkeypatch):
+def test_pairs_go_on_in_parts_where_they_are_large(early_attention, monkeypatch):
     """Each image once, the questions five at a time; in training all at once."""
     model = micro.task_model(architecture="specific", early_attention=early_attention)
-    batch, states, fused, alone = micro.data("vqa", 6).batch(torch.arange(6)), model.fuse, [], []
+    batch, states, fused, alone = micro.data("vqa", 6).batch(torch.arange(6)), model.finish_jointly, [], []
     whole, before = vqa.answer_logits(model, batch), model.before_fusion
-    monkeypatch.setattr(
-        model, "fuse", lambda text, image, **how: fused.append(len(text.hidden)) or states(text, image, **how)
-    )
+    monkeypatch.setattr(model, "finish_jointly", lambda parts: fused.append(len(parts[0])) or states(parts))
     monkeypatch.setattr(model, "before_fusion", lambda prefix: alone.append(len(prefix.hidden)) or before(prefix))
-    monkeypatch.setattr(modeling, "MASK_NUMBERS", 2 * 5 * (batch["input_ids"].shape[1] + 5) ** 2)
+    monkeypatch.setattr(modeling, "PAIR_TOKENS", 5 * (batch["input_ids"].shape[1] + 5))
     assert torch.allclose(vqa.answer_logits(model, batch), whole, atol=1e-5)
     assert fused == [5, 5, 2] and alone == ([12, 6] if early_attention == "separate" else [])
     fused.clear()
@@ -175,12 +173,12 @@ def test_pairs_go_on_in_parts_where_masks_are_large(early_attention, monkeypatch
     assert fused == [12]
 
 
-def test_masks_of_large_images_stay_small_and_the_embedded_world_is_read_at_once():
+def test_pairs_of_large_images_are_few_and_the_embedded_world_is_read_at_once():
     with torch.device("meta"):
         base = ModalMergeModel(size_config("base", image_size=480))
         nano = ModalMergeModel(size_config("nano", image_size=72, max_text_length=24))
     tokens = 40 + base.config.num_image_tokens
-    assert 4 * base.pairs_at_once(tokens) * 12 * tokens**2 < 1.1e9 and base.pairs_at_once(tokens) > 16
+    assert 4 * base.pairs_at_once(tokens) * tokens * base.config.ffn_size < 0.5e9 and base.pairs_at_once(tokens) > 16
     assert base.pairs_at_once(10**6) == 1
     questions, pairs, captions = vqa.EVALUATION_BATCH * NUM_QUESTIONS, 2 * nlvr2.EVALUATION_BATCH, 5 * 100
     assert nano.pairs_at_once(24 + nano.config.num_image_tokens) >= max(questions, pairs, captions)

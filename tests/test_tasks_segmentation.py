@@ -205,8 +205,8 @@ class Pictures:
     def num_texts(self):
         return torch.zeros(len(self), dtype=torch.int64)
 
-    def train_batch(self, samples, generator):
-        return self.batch(samples)
+    def train_batch(self, samples, generator, *, rows=slice(None)):
+        return self.batch(samples[rows])
 
     def batch(self, samples):
         (sample,) = samples.tolist()

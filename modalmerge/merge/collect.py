@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
 
+from modalmerge.ranks import is_distributed, sum_over_ranks
 from modalmerge.registry import nearest
 
 # Rows of a product that are multiplied at once. On an AMD EPYC the lower triangle in blocks of 128 takes 0.58 of the
@@ -53,7 +54,7 @@ class _Sum:
         self._flush()
         for panel in self._total:
             distributed.all_reduce(panel)
-        self.num_rows = sum_over_ranks(self.num_rows, self._total[0].device)
+        self.num_rows = int(sum_over_ranks(torch.tensor(self.num_rows)))
 
     def matrix(self) -> Float[Tensor, " width width"]:
         """Return the whole sum in float32, exactly symmetric."""
@@ -90,8 +91,9 @@ class GramCollector:
         inputs: name of a module, as in `named_modules`, to (expert, name of the linear input): the sum that its first
             argument is added to. Modules with equal values see the same input, such as q, k and v: it is taken from the
             first of them.
-        token_fraction: share of the tokens that count, in (0, 1], drawn anew for every `tokens`, at least one. Sums are
-            not scaled up for it: the counts say how many tokens they are over.
+        token_fraction: share of the tokens that count, in (0, 1], drawn anew for every `tokens` and, outside of it, for
+            every call of a module; at least one. Sums are not scaled up for it: the counts say how many tokens they are
+            over.
         random_seed: decides the draws.
 
     Raises:
@@ -195,7 +197,8 @@ class GramCollector:
         hidden = hidden.detach()
         shape = hidden.shape[:-1]
         if self._chosen is None:
-            chosen = self._choose(torch.ones(shape, dtype=torch.bool, device=hidden.device))
+            is_whole = self._token_fraction == 1
+            chosen = _Chosen(shape, None) if is_whole else self._choose(torch.ones(shape, dtype=torch.bool))
         elif key[0] in self._chosen:
             chosen = self._chosen[key[0]]
         else:
@@ -206,7 +209,7 @@ class GramCollector:
             raise ValueError(f"{name}: the mask of tokens has shape {list(chosen.shape)}, the input {list(shape)}")
         rows = hidden.reshape(-1, hidden.shape[-1])  # (token, n)
         if chosen.rows is not None:
-            rows = rows[chosen.rows]
+            rows = rows.index_select(0, chosen.rows.to(rows.device))
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         # sums that inference mode makes could not be added to outside of it; autocast would round the products
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
@@ -290,7 +293,7 @@ class FisherSum:
                 f"all gradients of {len(zero)} parameters are zero, such as {zero[0]!r}; give log-likelihoods that "
                 "depend on them, or leave them out"
             )
-        num_terms = sum_over_ranks(self.num_terms, next(iter(sums.values())).device)
+        num_terms = int(sum_over_ranks(torch.tensor(self.num_terms)))
         return {name: own / num_terms for name, own in sums.items()}
 
 
@@ -303,17 +306,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def is_distributed() -> bool:
-    """Tell whether other ranks of torch.distributed collect, too."""
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def sum_over_ranks(count: int, device: torch.device) -> int:
-    """Add up the counts of all ranks, if there are others."""
-    if not is_distributed():
-        return count
-    total = torch.tensor(count, dtype=torch.int64, device=device)
-    distributed.all_reduce(total)
-    return int(total)

@@ -28,7 +28,8 @@ from modalmerge.model.convert import (
     to_authors,
 )
 from modalmerge.model.initialise import draw_model, start_from_beit
-from modalmerge.model.modeling import ModalMergeModel, ModalMergeOutput, Prefix
+from modalmerge.model.modeling import ModalMergeModel, ModalMergeOutput
+from modalmerge.model.packing import Prefix, Sequences
 
 __all__ = [
     "ARCHITECTURES",
@@ -42,6 +43,7 @@ __all__ = [
     "ModalMergeModel",
     "ModalMergeOutput",
     "Prefix",
+    "Sequences",
     "architecture_name",
     "change_config",
     "draw_model",

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from modalmerge.checkpoint import atomic_file
-from modalmerge.data.contract import Batch, TaskData, evaluation_batches
+from modalmerge.data.contract import Batch, TaskData, evaluation_batches, in_order
 from modalmerge.model import ModalMergeModel
+from modalmerge.ranks import is_first, share_of_mean
 from modalmerge.records import Result
 from modalmerge.tasks import metrics
 from modalmerge.tasks.checks import check_classes, required
@@ -31,7 +32,8 @@ def class_logits(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " B clas
 
 def loss(model: ModalMergeModel, batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy over all classes."""
-    return functional.cross_entropy(class_logits(model, batch), required(batch, "labels"))
+    labels = required(batch, "labels")
+    return share_of_mean(functional.cross_entropy(class_logits(model, batch), labels), len(labels))
 
 
 def _scored(model: ModalMergeModel, data: TaskData) -> Iterator[tuple[Batch, Float[Tensor, " B classes"]]]:
@@ -43,12 +45,13 @@ def _scored(model: ModalMergeModel, data: TaskData) -> Iterator[tuple[Batch, Flo
 @torch.inference_mode()
 def evaluate(model: ModalMergeModel, data: TaskData) -> list[Result]:
     """Top-1 and top-5 accuracy over the split."""
-    first, among = [], []
+    hits = []
     for batch, logits in _scored(model, data):
         labels = required(batch, "labels")
-        first.append(metrics.hits(logits, labels))
-        among.append(metrics.hits(logits, labels, depth=NUM_GUESSES))
-    return [metrics.share("accuracy", torch.cat(first)), metrics.share("top_5_accuracy", torch.cat(among))]
+        depths = [metrics.hits(logits, labels, depth=depth) for depth in (1, NUM_GUESSES)]
+        hits.append(torch.stack(depths).cpu())
+    first, among = torch.cat(in_order(hits), 1)
+    return [metrics.share("accuracy", first), metrics.share("top_5_accuracy", among)]
 
 
 @torch.inference_mode()
@@ -70,12 +73,14 @@ def chance(data: TaskData) -> float:
 @torch.inference_mode()
 def submit(model: ModalMergeModel, data: TaskData, path: Path) -> None:
     """Write a line an image: its id and the five most likely classes by name, the best first, blanks between them."""
+    best = in_order([(batch["image_ids"], _best(logits)) for batch, logits in _scored(model, data)])
     lines: dict[str, str] = {}
-    for batch, logits in _scored(model, data):
-        for name, classes in zip(batch["image_ids"], _best(logits), strict=True):
+    for names, found in best:
+        for name, classes in zip(names, found, strict=True):
             lines[name] = " ".join([name, *(data.classes[number] for number in classes)])
-    with atomic_file(path) as partial:
-        partial.write_text("".join(f"{line}\n" for line in lines.values()), encoding="utf-8")
+    if is_first():
+        with atomic_file(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in lines.values()), encoding="utf-8")
 
 
 def _best(logits: Float[Tensor, " B classes"]) -> list[list[int]]:

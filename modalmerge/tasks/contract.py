@@ -21,7 +21,8 @@ class Task:
         summary: one line for `modalmerge list tasks`.
         heads: heads a model needs for it.
         main_metric: the one that tables show and that comes first in what `evaluate` returns.
-        loss: (model, batch) -> scalar to minimise.
+        loss: (model, batch) -> scalar to minimise; with several ranks, of this one's part, scaled so that the mean over
+            the ranks is the loss of the whole batch.
         evaluate: (model, data) -> results, the main metric first; the model is in eval mode.
         predict: (model, data, samples) -> for each of some samples what the model says and what is right, for people
             to read: texts as token ids, answers and classes as numbers.

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from modalmerge.checkpoint import atomic_file
-from modalmerge.data.contract import Batch, TaskData, evaluation_batches
+from modalmerge.data.contract import Batch, TaskData, evaluation_batches, in_order
 from modalmerge.model import ModalMergeModel, Prefix
+from modalmerge.ranks import is_first, share_of_mean
 from modalmerge.records import Result
 from modalmerge.tasks import metrics
 from modalmerge.tasks.checks import required
@@ -39,7 +40,8 @@ def truth_logits(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " B 2"]:
 
 def loss(model: ModalMergeModel, batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy of true and false."""
-    return functional.cross_entropy(truth_logits(model, batch), required(batch, "labels"))
+    labels = required(batch, "labels")
+    return share_of_mean(functional.cross_entropy(truth_logits(model, batch), labels), len(labels))
 
 
 def _scored(model: ModalMergeModel, data: TaskData) -> Iterator[tuple[Batch, Float[Tensor, " B 2"]]]:
@@ -50,12 +52,15 @@ def _scored(model: ModalMergeModel, data: TaskData) -> Iterator[tuple[Batch, Flo
 @torch.inference_mode()
 def evaluate(model: ModalMergeModel, data: TaskData) -> list[Result]:
     """Accuracy over all pairs of the split, and consistency over its statements."""
-    right, identifiers = [], []
-    for batch, logits in _scored(model, data):
-        right.append(metrics.hits(logits, required(batch, "labels")))
-        identifiers += batch["identifiers"]
-    whole = torch.cat(right)
-    return [metrics.share("accuracy", whole), metrics.consistency(whole, identifiers)]
+    found = in_order(
+        [
+            (metrics.hits(logits, required(batch, "labels")).cpu(), batch["identifiers"])
+            for batch, logits in _scored(model, data)
+        ]
+    )
+    right = torch.cat([hits for hits, _ in found])
+    identifiers = [identifier for _, some in found for identifier in some]
+    return [metrics.share("accuracy", right), metrics.consistency(right, identifiers)]
 
 
 @torch.inference_mode()
@@ -78,11 +83,13 @@ def chance(data: TaskData) -> float:
 @torch.inference_mode()
 def submit(model: ModalMergeModel, data: TaskData, path: Path) -> None:
     """Write the CSV that NLVR2's evaluation script takes: a line `identifier,True` or `identifier,False` a pair."""
+    found = [(batch["identifiers"], (logits.argmax(1) == 1).tolist()) for batch, logits in _scored(model, data)]
     judged: dict[str, bool] = {}
-    for batch, logits in _scored(model, data):
-        judged.update(zip(batch["identifiers"], (logits.argmax(1) == 1).tolist(), strict=True))
-    with atomic_file(path) as partial:
-        partial.write_text("".join(f"{name},{truth}\n" for name, truth in judged.items()), encoding="utf-8")
+    for identifiers, truths in in_order(found):
+        judged.update(zip(identifiers, truths, strict=True))
+    if is_first():
+        with atomic_file(path) as partial:
+            partial.write_text("".join(f"{name},{truth}\n" for name, truth in judged.items()), encoding="utf-8")
 
 
 TASK = Task(

@@ -5,6 +5,7 @@ its code leave the set-up open.
 """
 
 import io
+import itertools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from modalmerge.checkpoint import atomic_file, atomic_folder
-from modalmerge.data.contract import Batch, TaskData, evaluation_batches
+from modalmerge.data.contract import Batch, TaskData, evaluation_batches, in_order
 from modalmerge.data.transforms import IGNORED_PIXEL
 from modalmerge.model import ModalMergeModel
+from modalmerge.ranks import is_first, share_of_mean, sum_over_ranks
 from modalmerge.records import Result
 from modalmerge.tasks import metrics
 from modalmerge.tasks.checks import check_classes, required
@@ -41,18 +43,27 @@ def layer_states(
     return states
 
 
+def num_pixels(masks: Int[Tensor, " B S S"]) -> Int[Tensor, ""]:
+    """Count the pixels that have a class."""
+    return (masks != IGNORED_PIXEL).sum()
+
+
 def pixel_loss(logits: Float[Tensor, " B classes h w"], masks: Int[Tensor, " B S S"]) -> Float[Tensor, ""]:
     """Cross-entropy of every pixel that has a class, logits resized to the masks; 0 where none has."""
     logits = functional.interpolate(logits, size=masks.shape[1:], mode="bilinear", align_corners=False)
     total = functional.cross_entropy(logits, masks, ignore_index=IGNORED_PIXEL, reduction="sum")
-    return total / (masks != IGNORED_PIXEL).sum().clamp(min=1)
+    return total / num_pixels(masks).clamp(min=1)
 
 
 def loss(model: ModalMergeModel, batch: Batch) -> Float[Tensor, ""]:
-    """Cross-entropy over the pixels, of the decoder and, times 0.4, of the auxiliary head."""
+    """Cross-entropy over the pixels, of the decoder and, times 0.4, of the auxiliary head.
+
+    Batch norms see this rank's images alone, unless the model's are converted to `torch.nn.SyncBatchNorm`.
+    """
     head, masks = model.head("segmentation"), required(batch, "masks")
     pyramid = head.pyramid(layer_states(model, batch["pixel_values"]))
-    return pixel_loss(head.decoder(pyramid), masks) + AUXILIARY_WEIGHT * pixel_loss(head.auxiliary(pyramid), masks)
+    main, auxiliary = (pixel_loss(logits, masks) for logits in (head.decoder(pyramid), head.auxiliary(pyramid)))
+    return share_of_mean(main + AUXILIARY_WEIGHT * auxiliary, num_pixels(masks))
 
 
 def window_logits(model: ModalMergeModel, pixel_values: Float[Tensor, " B 3 S S"]) -> Float[Tensor, " B classes S S"]:
@@ -118,7 +129,7 @@ def evaluate(model: ModalMergeModel, data: TaskData) -> list[Result]:
     counts = torch.zeros(num, num + 1, dtype=torch.long)
     for batch, found in _segmented(model, data):
         counts += metrics.confusion(found, required(batch, "masks"), num).cpu()
-    return metrics.segmentation(counts, num_samples=len(data))
+    return metrics.segmentation(sum_over_ranks(counts), num_samples=len(data))
 
 
 @torch.inference_mode()
@@ -145,6 +156,7 @@ def chance(data: TaskData) -> float:
     right = torch.zeros(num, dtype=torch.float64)
     for batch in evaluation_batches(data, EVALUATION_BATCH):
         right += torch.bincount(batch["masks"][batch["masks"] != IGNORED_PIXEL], minlength=num).cpu()
+    right = sum_over_ranks(right)
     guessed = right.sum() / num
     return (100 * (right / num) / (right + guessed - right / num)).mean().item()
 
@@ -156,23 +168,27 @@ def submit(model: ModalMergeModel, data: TaskData, path: Path) -> None:
     Args:
         path: a zip file where it ends in .zip, else a folder, which must not exist.
     """
+    files = in_order([_label_files(batch, found, len(data.classes)) for batch, found in _segmented(model, data)])
+    if not is_first():
+        return
     if path.suffix == ".zip":
         with atomic_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
-            for name, content in _label_files(model, data):
+            for name, content in itertools.chain(*files):
                 archive.writestr(name, content)
         return
     with atomic_folder(path) as folder:
-        for name, content in _label_files(model, data):
+        for name, content in itertools.chain(*files):
             (folder / name).write_bytes(content)
 
 
-def _label_files(model: ModalMergeModel, data: TaskData) -> Iterator[tuple[str, bytes]]:
-    for batch, found in _segmented(model, data):
-        labels = (found.clamp(max=len(data.classes) - 1) + 1).byte().cpu().numpy()  # every pixel gets some class
-        for name, picture in zip(batch["image_ids"], labels, strict=True):
-            content = io.BytesIO()
-            Image.fromarray(picture).save(content, "PNG")
-            yield f"{name}.png", content.getvalue()
+def _label_files(batch: Batch, found: Int[Tensor, " B H W"], num_classes: int) -> list[tuple[str, bytes]]:
+    labels = (found.clamp(max=num_classes - 1) + 1).byte().cpu().numpy()  # every pixel gets some class
+    files = []
+    for name, picture in zip(batch["image_ids"], labels, strict=True):
+        content = io.BytesIO()
+        Image.fromarray(picture).save(content, "PNG")
+        files.append((f"{name}.png", content.getvalue()))
+    return files
 
 
 TASK = Task(

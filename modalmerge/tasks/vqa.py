@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from modalmerge.checkpoint import atomic_file
 from modalmerge.data.answers import official_accuracy
-from modalmerge.data.contract import Batch, TaskData, evaluation_batches
+from modalmerge.data.contract import Batch, TaskData, evaluation_batches, in_order
 from modalmerge.model import ModalMergeModel
+from modalmerge.ranks import is_first, share_of_mean
 from modalmerge.records import Result
 from modalmerge.tasks import metrics
 from modalmerge.tasks.checks import check_classes, required
@@ -45,7 +46,7 @@ def answer_logits(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " N A"]
 def loss(model: ModalMergeModel, batch: Batch) -> Float[Tensor, ""]:
     """Soft-target loss; in the embedded world the one right answer has target 1."""
     logits = answer_logits(model, batch)
-    return soft_target_loss(logits, required(batch, "targets").to(logits.dtype))
+    return share_of_mean(soft_target_loss(logits, required(batch, "targets").to(logits.dtype)), len(logits))
 
 
 def _scored(model: ModalMergeModel, data: TaskData) -> Iterator[tuple[Batch, Float[Tensor, " N A"]]]:
@@ -62,20 +63,22 @@ def evaluate(model: ModalMergeModel, data: TaskData) -> list[Result]:
     beside it, which is how the authors' code measures; it leaves out questions without any of the model's answers,
     here they count as wrong.
     """
-    right, soft = [], []
-    for batch, logits in _scored(model, data):
-        targets, best = required(batch, "targets"), logits.argmax(1)
-        if "human_answers" not in batch:
-            right.append(metrics.hits(logits, targets.argmax(1)))
-            continue
-        numbers = ~logits.isnan().any(1)
-        said = [data.classes[number] for number in best.tolist()]
-        scores = [official_accuracy(answer, human) for answer, human in zip(said, batch["human_answers"], strict=True)]
-        right.append(torch.tensor(scores, dtype=torch.float64) * numbers.cpu())
-        soft.append(targets.gather(1, best[:, None])[:, 0] * numbers)
-    return [
-        metrics.share(name, torch.cat(parts)) for name, parts in (("accuracy", right), ("soft_accuracy", soft)) if parts
-    ]
+    found = in_order([_measures(data, batch, logits) for batch, logits in _scored(model, data)])
+    return [metrics.share(name, torch.cat([part[name] for part in found])) for name in found[0]]
+
+
+def _measures(data: TaskData, batch: Batch, logits: Float[Tensor, " N A"]) -> dict[str, Tensor]:
+    """Say how right the answer to each question is, by metric."""
+    targets, best = required(batch, "targets"), logits.argmax(1)
+    if "human_answers" not in batch:
+        return {"accuracy": metrics.hits(logits, targets.argmax(1)).cpu()}
+    numbers = ~logits.isnan().any(1)
+    said = [data.classes[number] for number in best.tolist()]
+    scores = [official_accuracy(answer, human) for answer, human in zip(said, batch["human_answers"], strict=True)]
+    return {
+        "accuracy": torch.tensor(scores, dtype=torch.float64) * numbers.cpu(),
+        "soft_accuracy": (targets.gather(1, best[:, None])[:, 0] * numbers).cpu(),
+    }
 
 
 @torch.inference_mode()
@@ -98,13 +101,14 @@ def chance(data: TaskData) -> float:
 @torch.inference_mode()
 def submit(model: ModalMergeModel, data: TaskData, path: Path) -> None:
     """Write the JSON file that VQA's server on EvalAI takes: question ids with answers, every question once."""
+    found = [(batch["question_ids"], logits.argmax(1).tolist()) for batch, logits in _scored(model, data)]
     answers: dict[int, str] = {}
-    for batch, logits in _scored(model, data):
-        said = (data.classes[number] for number in logits.argmax(1).tolist())
-        answers.update(zip(batch["question_ids"], said, strict=True))
-    rows = [{"question_id": number, "answer": answer} for number, answer in answers.items()]
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(rows), encoding="utf-8")
+    for questions, said in in_order(found):
+        answers.update(zip(questions, (data.classes[number] for number in said), strict=True))
+    if is_first():
+        rows = [{"question_id": number, "answer": answer} for number, answer in answers.items()]
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(rows), encoding="utf-8")
 
 
 TASK = Task(

@@ -10,8 +10,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from modalmerge.model.modeling import ModalMergeModel, Prefix
-from modalmerge.tasks.retrieval import contrastive_loss, path_scores
+from modalmerge.model import ModalMergeModel, Prefix, Sequences
+from modalmerge.ranks import (
+    broadcast,
+    exchange,
+    gather_lists,
+    gather_rows,
+    is_distributed,
+    is_first,
+    own_rows,
+    share_of_mean,
+)
+from modalmerge.tasks.retrieval import contrastive_over_ranks, path_features
 
 FIRST = slice(0, 1)  # [CLS] of whatever sequence
 
@@ -42,17 +52,18 @@ def draw_negatives(
         scores: image by text, pairs on the diagonal; B at least 2.
 
     Returns:
-        (image for each text, text for each image), int64, never the own one.
+        (image for each text, text for each image), int64 on the CPU, never the own one.
 
     Source: VLMo's and the authors' hard negatives. Departure: the own partner is excluded by a score of minus
         infinity before the softmax, so that a saturated softmax leaves no row of zeros, which they raise on.
     """
     own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     # on the CPU, where the generator is: the same draws on every device
-    weights = scores.detach().float().masked_fill(own, float("-inf")).cpu()
+    # what is no number must not fail here: the loss tells it
+    weights = scores.detach().float().nan_to_num().masked_fill(own, float("-inf")).cpu()
     image = torch.multinomial(weights.T.softmax(1), 1, generator=generator)[:, 0]
     text = torch.multinomial(weights.softmax(1), 1, generator=generator)[:, 0]
-    return image.to(scores.device), text.to(scores.device)
+    return image, text
 
 
 @dataclass(kw_only=True)  # not frozen: Lightning moves a batch between devices field by field
@@ -73,6 +84,10 @@ class PretrainingBatch:
     masked_ids: Tensor
     labels: Tensor
 
+    def pin_memory(self) -> "PretrainingBatch":
+        """Return a copy in memory that a device can read while it computes; the data loader asks for it."""
+        return PretrainingBatch(**{name: value.pin_memory() for name, value in vars(self).items()})
+
 
 def pretraining_losses(
     model: ModalMergeModel,
@@ -83,65 +98,118 @@ def pretraining_losses(
 ) -> dict[str, Tensor]:
     """Compute the contrastive, matching and masked-language losses of one batch.
 
-    Every image and every text (clean and masked) goes through the layers before the fusion once; in the last
-    layer only the tokens that a loss reads are computed. With `drop_path` 0 the losses are those of three
-    separate full passes.
+    Every image and every text (clean and masked) goes through the layers before the fusion once, and all that the
+    joint experts are for goes through them at once; in the last of the fusion layers only the tokens that a loss reads
+    are computed, and no padding anywhere. With `drop_path` 0 the losses are those of separate full passes. Where a
+    model has no experts in the fusion layers, the joint path of the contrastive loss is the uni-modal one and is not
+    run.
 
     Args:
-        negatives: (image for each text, text for each image) instead of drawn ones.
+        batch: with several ranks, this one's part.
+        negatives: (image for each text, text for each image) instead of drawn ones; with several ranks, of the pairs
+            of all of them.
 
     Returns:
-        `contrastive`, `matching`, `masked_language` and their sum `loss`; scalars with gradients.
+        `contrastive`, `matching`, `masked_language` and their sum `loss`; scalars with gradients. With several ranks
+        their means over the ranks are the losses of the whole batch.
     """
+    with model.shared_biases():
+        return _losses(model, batch, generator, negatives)
+
+
+def _losses(
+    model: ModalMergeModel,
+    batch: PretrainingBatch,
+    generator: torch.Generator,
+    negatives: tuple[Tensor, Tensor] | None,
+) -> dict[str, Tensor]:
+    # before anything is queued on the device, which these wait for
+    words = batch.labels[batch.labels >= 0]
+    hidden = (batch.labels >= 0).cpu()
     both = model.begin_text(
         torch.cat([batch.input_ids, batch.masked_ids]),
         torch.cat([batch.attention_mask, batch.attention_mask]),
     )
     image = model.begin_image(batch.pixel_values)
-    half = torch.arange(len(batch.input_ids), device=both.hidden.device)
-    other_half = half + len(half)
-    early = model.before_fusion(both)
-    early_text, early_hidden = early.select(half), early.select(other_half)
-    early_image = model.before_fusion(image)
+    num_pairs = len(image)
+    own = torch.arange(num_pairs)
+    is_separate = model.config.early_attention == "separate"  # else no text with hidden words goes alone
+    early = model.before_fusion(both if is_separate else both.part(0, num_pairs))
+    early_text, early_image = early.part(0, num_pairs), model.before_fusion(image)
 
-    scores, contrastive = contrastive_paths(model, early_text, early_image)
-    wrong_image, wrong_text = negatives if negatives is not None else draw_negatives(scores, generator)
-    texts = torch.cat([half, half, wrong_text])
-    images = torch.cat([half, wrong_image, half])
-    if model.config.early_attention == "separate":
-        matched = model.fuse(early_text.select(texts), early_image.select(images), read=FIRST)
-        pair = (early_hidden, early_image)
-    else:
-        matched = model.fuse(*model.begin_joint(both.select(texts), image.select(images)), read=FIRST)
-        pair = model.begin_joint(both.select(other_half), image)
-    pooled = model.head("pooler")(model.norm(matched)[:, 0])
+    firsts = [model.finish_alone(prefix, read=FIRST) for prefix in (early_image, early_text)]
+    scores, contrastive = contrastive_over_ranks(*path_features(model, *firsts, joint_path=False))
+    drawn = draw_over_ranks(scores, generator) if negatives is None else negatives
+    wrong_image, wrong_text = (index.cpu() for index in drawn)
+    pair = (early, early_image) if is_separate else (both, image)
+    texts, images, wrong_image, wrong_text = with_negatives(*pair, wrong_image, wrong_text)
+    matched = Sequences(
+        text=texts,
+        image=images,
+        texts=torch.cat([own, own, wrong_text]),
+        images=torch.cat([own, wrong_image, own]),
+        read=FIRST,
+    )
+    read = functional.pad(hidden, (0, matched.text_width - hidden.shape[1] + matched.image_length))
+    masked = Sequences(text=texts, image=images, texts=own + num_pairs, images=own, read=read)
+    parts = [matched, masked] if is_separate else model.start_pairs([matched, masked])
+    has_joint_path = any(model.config.experts[model.config.fusion_start :])  # else it is the uni-modal one
+    if has_joint_path:
+        parts += [Sequences(image=early_image, read=FIRST), Sequences(text=early_text, read=FIRST)]
+    matched_firsts, masked_states, *joint_firsts = model.finish_jointly(parts)
+
+    features = path_features(model, *(joint_firsts or firsts), joint_path=True)
+    contrastive = (contrastive + contrastive_over_ranks(*features)[1]) / 2
+    pooled = model.head("pooler")(model.norm(matched_firsts)[:, 0])
     matching = matching_loss(model.head("matching")(pooled))
-
-    read, chosen = hidden_positions(batch.labels)
-    states = model.norm(model.fuse(*pair, read=read)[chosen])
-    words = batch.labels.gather(1, read)[chosen]
-    masked_language = masked_language_loss(model.head("masked_language")(states), words)
+    logits = model.head("masked_language")(model.norm(masked_states))
+    masked_language = share_of_mean(masked_language_loss(logits, words), len(words))
     losses = {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
     return {**losses, "loss": contrastive + matching + masked_language}
 
 
-def contrastive_paths(model: ModalMergeModel, text: Prefix, image: Prefix) -> tuple[Tensor, Tensor]:
-    """Score images with texts on the uni-modal path; the loss is the mean of that and the joint path's.
+def draw_over_ranks(
+    scores: Float[Tensor, " b B"], generator: torch.Generator
+) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+    """Draw the negatives of the whole batch as `draw_negatives`, on the first rank for all.
+
+    Args:
+        scores: of this rank's images with the texts of all ranks.
+    """
+    whole = gather_rows(scores.detach())
+    drawn = torch.zeros(2, len(whole), dtype=torch.int64)
+    if is_first():
+        drawn = torch.stack(draw_negatives(whole, generator))
+    image, text = broadcast(drawn)
+    return image, text
+
+
+def with_negatives(
+    texts: Prefix, images: Prefix, wrong_image: Int[Tensor, " B"], wrong_text: Int[Tensor, " B"]
+) -> tuple[Prefix, Prefix, Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """Fetch the states of the negatives of this rank's pairs from the ranks where they are.
+
+    Args:
+        texts: of this rank, clean ones and then the same with words hidden.
+        images: of this rank.
+        wrong_image, wrong_text: of the pairs of all ranks.
 
     Returns:
-        (scores [B, B] of the uni-modal path, loss).
+        (texts, images, each with those fetched behind them; the wrong image for each text, the wrong text for each
+        image of this rank).
     """
-    paths = [path_scores(model, image, text, joint_path=joint_path) for joint_path in (False, True)]
-    return paths[0], (contrastive_loss(paths[0]) + contrastive_loss(paths[1])) / 2
-
-
-def hidden_positions(labels: Int[Tensor, " B T"]) -> tuple[Int[Tensor, " B Q"], Tensor]:
-    """Find the hidden words of every row.
-
-    Returns:
-        (positions padded to the longest row by other positions, bool [B, Q] True for hidden words).
-    """
-    hidden = labels >= 0
-    count = int(hidden.sum(1).max())
-    positions = hidden.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
-    return positions, hidden.gather(1, positions)
+    if not is_distributed():
+        return texts, images, wrong_image, wrong_text
+    num_pairs, num_texts, width = len(images), len(texts), texts.hidden.shape[1]
+    known = texts.lengths or (width,) * num_texts
+    lengths = [length for part in gather_lists(list(known[:num_pairs])) for length in part]
+    hidden = functional.pad(texts.hidden, (0, 0, 0, max(lengths) - width))
+    fetched = exchange(hidden[:num_pairs], wrong_text)
+    known += tuple(lengths[number] for number in wrong_text[own_rows(len(wrong_text))].tolist())
+    behind = torch.arange(num_pairs)
+    return (
+        Prefix("text", torch.cat([hidden, fetched]), known),
+        Prefix("vision", torch.cat([images.hidden, exchange(images.hidden, wrong_image)])),
+        behind + num_pairs,
+        behind + num_texts,
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modalmerge.merge.procedures.passes import run_pairs
 from modalmerge.model import ModalMergeModel
+from modalmerge.ranks import num_ranks, sum_over_ranks
 from modalmerge.tasks.contract import Batch
 
 PASSES = ("vision", "text", "joint")
@@ -42,7 +43,8 @@ def state_distance(
 
     Returns:
         The mean of two shares: squared distance over the wanted states' squared distance from their mean. 0 where
-        they are equal; 1 where they are no nearer than one state for all would be.
+        they are equal; 1 where they are no nearer than one state for all would be. With several ranks their mean over
+        the ranks is that of all states.
     """
     return (_unexplained(found[real], wanted[real]) + _unexplained(found[:, 0], wanted[:, 0])) / 2
 
@@ -70,6 +72,8 @@ def compare_states(found: States, wanted: States) -> dict[str, Tensor]:
 
 
 def _unexplained(found: Float[Tensor, " n D"], wanted: Float[Tensor, " n D"]) -> Float[Tensor, ""]:
+    count = sum_over_ranks(torch.tensor(len(wanted), device=wanted.device))
+    mean = sum_over_ranks(wanted.sum(0)) / count
     # A batch of one sample has no spread of first tokens; the smallest number keeps 0/0 from being NaN.
-    spread = (wanted - wanted.mean(0)).square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)
-    return (found - wanted).square().sum() / spread
+    spread = sum_over_ranks((wanted - mean).square().sum()).clamp(min=torch.finfo(wanted.dtype).tiny)
+    return (found - wanted).square().sum() * num_ranks() / spread

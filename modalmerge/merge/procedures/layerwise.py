@@ -14,7 +14,8 @@ from modalmerge.merge.collect import GramCollector, evaluation_mode
 from modalmerge.merge.procedures.passes import own_inputs
 from modalmerge.merge.statistics import Statistics, identify_tensors
 from modalmerge.model import ModalMergeModel, change_config, expert_map
-from modalmerge.model.modeling import Layer
+from modalmerge.model.layer import Layer
+from modalmerge.model.packing import Pack, Prefix, Sequences, text_lengths
 from modalmerge.tasks.contract import Batch
 
 METHOD = "regmean_plus"
@@ -25,27 +26,29 @@ class _Run:
     """One batch on its way through the layers.
 
     Args:
-        segments: (modality whose experts are used, states), in the order of the sequence.
-        mask: bool [B, T] over the whole sequence, True where a token is real.
-        text_length: tokens of the sequence that are text, which come first.
+        segments: (modality whose experts are used, rows of its tokens), in the order of the sequences.
+        pack: how these rows are sequences.
     """
 
     segments: tuple[tuple[str, Tensor], ...]
-    mask: Tensor
-    text_length: int
-
-    def masks(self) -> dict[str, Tensor]:
-        """Which tokens of each segment are real."""
-        parts = torch.split(self.mask, [states.shape[1] for _, states in self.segments], 1)
-        return {modality: part for (modality, _), part in zip(self.segments, parts, strict=True)}
+    pack: Pack
 
     def through(self, layer: nn.Module, model: ModalMergeModel, index: int) -> "_Run":
         """Run a layer, with experts or merged, as the one of this index of a model."""
-        image = self.mask.shape[1] > self.text_length
-        (bias,) = model.position_bias(range(index, index + 1), text_length=self.text_length, image=image)
-        states = layer(self.segments, bias.masked_fill(~self.mask[:, None, None, :], float("-inf")))
+        (biases,) = model.block_biases(range(index, index + 1), self.pack.blocks)
+        states = layer(self.segments, self.pack, biases)
         segments = tuple((name, new) for (name, _), new in zip(self.segments, states, strict=True))
         return dataclasses.replace(self, segments=segments)
+
+    def states(self) -> Tensor:
+        """Return the states of whole sequences, [B, T, D]."""
+        return self.pack.results([rows for _, rows in self.segments])[0]
+
+
+def _run(model: ModalMergeModel, sequences: Sequences, *names: str) -> _Run:
+    """Begin with some sequences, whose tokens, or whose texts and images apart, go through the experts of `names`."""
+    pack = model.pack([sequences], apart=len(names) > 1)
+    return _Run(segments=tuple(zip(names, pack.rows(), strict=True)), pack=pack)
 
 
 def collect_layerwise(model: ModalMergeModel, batches: Sequence[Batch], *, settings: Mapping[str, Any]) -> Statistics:
@@ -85,12 +88,12 @@ def collect_layerwise(model: ModalMergeModel, batches: Sequence[Batch], *, setti
         runs = [_begin(model, batch) for batch in batches]
         for index, layer in enumerate(model.layers):
             if index == model.config.fusion_start:
-                runs = [_join(own) for own in runs]
+                runs = [_join(model, batch, own) for batch, own in zip(batches, runs, strict=True)]
             if model.config.parts(index):
                 here = {name: key for name, key in inputs.items() if name.startswith(f"layers.{index}.")}
                 collector = GramCollector(model, here)
                 for run in itertools.chain(*runs):
-                    with collector, collector.tokens(run.masks()):
+                    with collector:
                         run.through(layer, model, index)
                 grams, num_tokens = collector.result()
                 collected = dataclasses.replace(
@@ -106,28 +109,26 @@ def collect_layerwise(model: ModalMergeModel, batches: Sequence[Batch], *, setti
 def _begin(model: ModalMergeModel, batch: Batch) -> tuple[_Run, ...]:
     """Embed a batch: images alone, texts alone, and together where they attend to each other from the start."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    text = model.begin_text(batch["input_ids"], batch["attention_mask"]).hidden
-    image = model.begin_image(batch["pixel_values"]).hidden
-    real_text = batch["attention_mask"].bool()
-    real_image = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-    length = text.shape[1]
-    runs = (
-        _Run(segments=(("vision", image),), mask=real_image, text_length=0),
-        _Run(segments=(("text", text),), mask=real_text, text_length=length),
-    )
+    text = model.begin_text(batch["input_ids"], batch["attention_mask"])
+    image = model.begin_image(batch["pixel_values"])
+    runs = (_run(model, Sequences(image=image), "vision"), _run(model, Sequences(text=text), "text"))
     if model.config.early_attention == "separate":
         return runs
-    real = torch.cat([real_text, real_image], 1)
-    return (*runs, _Run(segments=(("text", text), ("vision", image)), mask=real, text_length=length))
+    return (*runs, _run(model, Sequences(text=text, image=image), "text", "vision"))
 
 
-def _join(runs: tuple[_Run, ...]) -> tuple[_Run, ...]:
+def _join(model: ModalMergeModel, batch: Batch, runs: tuple[_Run, ...]) -> tuple[_Run, ...]:
     """Put texts and images into one sequence of the joint expert, from where they are at the fusion start."""
     image, text, *pair = runs
-    segments = pair[0].segments if pair else text.segments + image.segments
-    states = torch.cat([states for _, states in segments], 1)
-    real = torch.cat([text.mask, image.mask], 1)
-    return (image, text, _Run(segments=(("joint", states),), mask=real, text_length=text.text_length))
+    if pair:
+        width = batch["input_ids"].shape[1]
+        hidden = pair[0].states()
+        texts, images = hidden[:, :width], hidden[:, width:]
+    else:
+        texts, images = text.states(), image.states()
+    lengths = text_lengths(batch["attention_mask"])
+    together = Sequences(text=Prefix("text", texts, lengths), image=Prefix("vision", images))
+    return (image, text, _run(model, together, "joint"))
 
 
 def _merge(model: ModalMergeModel, index: int, statistics: Statistics, settings: Mapping[str, Any]) -> Layer:

@@ -4,17 +4,17 @@ An image goes through the vision experts of all layers, a text through the text 
 fusion start through the joint experts. What lies before the fusion is computed, and counted, once.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from modalmerge.layouts import load_layout
-from modalmerge.merge.collect import FisherSum, GramCollector, evaluation_mode, sum_over_ranks
+from modalmerge.merge.collect import FisherSum, GramCollector, evaluation_mode
 from modalmerge.merge.statistics import Statistics, identify_tensors
 from modalmerge.model import ModalMergeModel
+from modalmerge.ranks import sum_over_ranks
 from modalmerge.tasks.contract import Batch
 from modalmerge.tasks.retrieval import path_scores
 
@@ -22,8 +22,6 @@ from modalmerge.tasks.retrieval import path_scores
 FISHER_BATCH = 16
 
 LogLikelihoods = Callable[[ModalMergeModel, Batch], Float[Tensor, " N"]]
-# says which tokens of the calls inside are real, as `GramCollector.tokens`
-Tokens = Callable[[Bool[Tensor, " B T"] | Mapping[str, Bool[Tensor, " B T"]]], contextlib.AbstractContextManager[None]]
 
 
 def own_inputs(model: ModalMergeModel) -> dict[str, tuple[str, str]]:
@@ -44,39 +42,26 @@ def own_inputs(model: ModalMergeModel) -> dict[str, tuple[str, str]]:
     return inputs
 
 
-def run_pairs(
-    model: ModalMergeModel, batch: Batch, tokens: Tokens = lambda masks: contextlib.nullcontext()
-) -> tuple[Tensor, Tensor, Tensor]:
+def run_pairs(model: ModalMergeModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Run images alone, texts alone, and both together, every token of the last layer included.
 
-    With `early_attention` joint the layers before the fusion run, and are counted, alone and together.
+    No padding goes through a layer. With `early_attention` joint the layers before the fusion run, and are counted,
+    alone and together.
 
     Args:
         batch: `pixel_values` [B, 3, S, S], `input_ids` and `attention_mask` [B, T].
-        tokens: entered around every part with the masks of real tokens.
 
     Returns:
-        States before the final norm of images, texts and pairs (text tokens before image tokens), [B, T, D].
+        States before the final norm of images, texts and pairs (text tokens before image tokens), [B, T, D]; zeros at
+        padding.
     """
-    text, image = (
-        model.begin_text(batch["input_ids"], batch["attention_mask"]),
-        model.begin_image(batch["pixel_values"]),
-    )
-    real_text = batch["attention_mask"].bool()
-    real_image = torch.ones(image.hidden.shape[:2], dtype=torch.bool, device=real_text.device)
-    with tokens(real_image):
-        early_image = model.before_fusion(image)
-        image_states = model.finish_alone(early_image)
-    with tokens(real_text):
-        early_text = model.before_fusion(text)
-        text_states = model.finish_alone(early_text)
-    pair = (early_text, early_image)
-    if model.config.early_attention == "joint":
-        with tokens({"text": real_text, "vision": real_image}):
-            pair = model.begin_joint(text, image)
-    with tokens(torch.cat([real_text, real_image], 1)):
-        pair_states = model.fuse(*pair)
-    return image_states, text_states, pair_states
+    text = model.begin_text(batch["input_ids"], batch["attention_mask"])
+    image = model.begin_image(batch["pixel_values"])
+    early_image, early_text = model.before_fusion(image), model.before_fusion(text)
+    alone = (model.finish_alone(early_image), model.finish_alone(early_text))
+    is_separate = model.config.early_attention == "separate"
+    pair = (early_text, early_image) if is_separate else model.begin_joint(text, image)
+    return (*alone, model.fuse(*pair))
 
 
 def contrastive_terms(model: ModalMergeModel, batch: Batch) -> Float[Tensor, " terms"]:
@@ -118,7 +103,8 @@ def collect_statistics(
     Args:
         model: with experts, on any device; its training mode is as before afterwards.
         batches: pairs, as for `run_pairs`; moved to the model's device. With torch.distributed, those of this rank.
-        token_fraction: share of the real tokens that count, in (0, 1], drawn for every batch.
+        token_fraction: share of the real tokens that count, in (0, 1], drawn for every linear layer
+            and batch.
         random_seed: decides that draw.
         fisher: gives the log-likelihoods of a batch, such as `contrastive_terms`, whose gradients are squared; every
             expert must have one. It is called with at most `FISHER_BATCH` pairs.
@@ -145,7 +131,7 @@ def collect_statistics(
         for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             with collector, torch.inference_mode():
-                run_pairs(model, batch, collector.tokens)
+                run_pairs(model, batch)
             if squares is not None:
                 assert fisher is not None
                 for part in _parts(batch):
@@ -153,7 +139,7 @@ def collect_statistics(
             num_samples += len(batch["input_ids"])
             if report is not None:
                 report(num_samples)
-    num_samples = sum_over_ranks(num_samples, model.device)
+    num_samples = int(sum_over_ranks(torch.tensor(num_samples)))
     if not num_samples:
         raise ValueError("there is no batch to collect statistics on; give at least one")
     grams, num_tokens = collector.result()
