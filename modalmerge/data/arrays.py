@@ -52,10 +52,12 @@ class CaptionArrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Pair every image with one of its captions, drawn."""
         choice = torch.randint(self.captions.shape[1], (len(samples),), generator=generator)
-        return self._batch(samples, self.captions[samples, choice])
+        return self._batch(samples[rows], self.captions[samples[rows], choice[rows]])
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         """Take all captions of every image."""
@@ -93,9 +95,11 @@ class QuestionArrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Ask all questions of each image; nothing is drawn."""
-        return self.batch(samples)
+        return self.batch(samples[rows])
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         """Ask all questions of each image."""
@@ -135,9 +139,11 @@ class StatementArrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Take each pair with its statement; nothing is drawn."""
-        return self.batch(samples)
+        return self.batch(samples[rows])
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         """Take each pair with its statement."""
@@ -174,9 +180,11 @@ class MaskArrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Take each image with its mask; nothing is drawn."""
-        return self.batch(samples)
+        return self.batch(samples[rows])
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         """Take each image with its mask, in which 0 is the first class and 255 none."""
@@ -211,9 +219,11 @@ class LabelArrays:
     def __len__(self) -> int:
         return len(self.images)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Take each image with its class; nothing is drawn."""
-        return self.batch(samples)
+        return self.batch(samples[rows])
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         """Take each image with its class."""

@@ -17,17 +17,22 @@ A batch maps names to tensors, and to lists where there is text for people. B sa
 Ids, masks, owners and labels are int64, pixel values and targets float32.
 
 A split whose samples do not fit together in evaluation, such as images of different sizes, says by an attribute
-`evaluation_batch` how many of them `batch` takes at most.
+`evaluation_batch` how many of them `batch` takes at most. One whose `batch` has images to decode says so by an
+attribute `decodes`: its evaluation batches are made ahead, on several threads at once.
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from modalmerge import ranks
+from modalmerge.data.ahead import made_ahead
+
 Batch = dict[str, Any]
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -45,8 +50,17 @@ class TaskData(Protocol):
     def __len__(self) -> int:
         """Count the samples: images, or pairs of them."""
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-        """Make a batch for training; whatever is drawn (captions, crops, flips) is drawn from the generator."""
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
+        """Make a batch for training; whatever is drawn (captions, crops, flips) is drawn from the generator.
+
+        Args:
+            rows: the part of the batch that is made. What is drawn is drawn for all `samples`, so that the parts, one
+                behind the other, are the batch; texts are padded to the longest of the part, and `owner` counts its
+                images from 0. No image outside of it is read. Where the batch leaves samples out, as VQA those without
+                a known answer, so does the part; one that has none left is made of tensors without rows.
+        """
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         """Make a batch for evaluation; nothing is drawn."""
@@ -60,6 +74,26 @@ def evaluation_limit(data: TaskData) -> int | None:
     return getattr(data, "evaluation_batch", None)
 
 
+def decodes(data: TaskData) -> bool:
+    """Tell whether `data.batch` has images to decode."""
+    return getattr(data, "decodes", False)
+
+
 def evaluation_batches(data: TaskData, batch_size: int) -> Iterator[Batch]:
-    """Go once through a split, in order, at most `batch_size` samples at a time, and no more than it allows."""
-    return map(data.batch, torch.arange(len(data)).split(min(batch_size, evaluation_limit(data) or batch_size)))
+    """Go once through a split, in order, at most `batch_size` samples at a time, and no more than it allows.
+
+    Of several ranks each gets every so manieth batch; `in_order` puts together what they make of them.
+    """
+    samples = torch.arange(len(data)).split(min(batch_size, evaluation_limit(data) or batch_size))
+    each = made_ahead if decodes(data) else map
+    return each(data.batch, samples[ranks.rank() :: ranks.num_ranks()])
+
+
+def in_order(own: list[T]) -> list[T]:
+    """Put together what all ranks made of their batches of a split, in its order, the same on all of them.
+
+    Args:
+        own: one thing for each batch that `evaluation_batches` gave this rank; tensors on the CPU.
+    """
+    parts = ranks.gather_lists(own)
+    return [parts[number % len(parts)][number // len(parts)] for number in range(sum(map(len, parts)))]

@@ -74,6 +74,7 @@ class Captions:
     texts: Texts
     dataset: str
     classes: tuple[str, ...] = ()
+    decodes: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return _num_samples(self.source, self.texts)
@@ -82,10 +83,12 @@ class Captions:
         """Count the captions of each sample."""
         return _num_texts(self.source, self.texts)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Pair every image with one caption: that of the sample, or one of the image's."""
         images, captions = [], []
-        for sample, own in with_generators(samples, generator):
+        for sample, own in with_generators(samples, generator, rows):
             number, row, allowed = _open(self.source, self.texts, sample, "captions")
             drawn = below(own, len(allowed)) if self.source.settings.caption == "drawn" else 0
             captions.append(row["captions"][allowed[drawn]])
@@ -121,6 +124,7 @@ class Questions:
     classes: tuple[str, ...]
     numbers: Mapping[str, int]
     stored: tuple[str, ...]
+    decodes: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return _num_samples(self.source, self.texts)
@@ -129,23 +133,21 @@ class Questions:
         """Count the questions of each sample."""
         return _num_texts(self.source, self.texts)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Ask the questions of every sample, those without an answer in `classes` left out, and images without any.
 
         Raises:
             ValueError: the split has no answers.
         """
         asked = []
-        for sample, own in with_generators(samples, generator):
+        for sample, own in with_generators(samples, generator, rows):
             number, row, texts = _open(self.source, self.texts, sample, "questions")
-            pairs = [(text, self._targets(number, row, text)) for text in texts]
-            known = [(text, target) for text, target in pairs if target is not None]
-            if len(known) < len(pairs):
-                place = self.source.rows.where(number)
-                raise ValueError(f"{place}: the questions have no answers; train on a split that has, such as train")
-            asked.append((number, row, own, known))
-        answerable = any(target.any() for *_, known in asked for _, target in known)
-        drop = self.source.settings.drop_unanswerable and answerable
+            asked.append((number, row, own, self._known(number, row, texts)))
+        drop = self.source.settings.drop_unanswerable and (
+            any(target.any() for *_, known in asked for _, target in known) or self._any_answerable(samples, rows)
+        )
         images: list[Image.Image] = []
         questions, targets, owner = [], [], []
         for number, row, own, known in asked:
@@ -157,6 +159,8 @@ class Questions:
             images.append(self.source.training(number, row, own, texts=[*said, *self._answers(row, kept)]))
             questions += said
             targets += [target for _, target in kept]
+        if not images:
+            return self._nothing()
         return {
             "pixel_values": self.source.pixel_values(images),
             **self.source.encode(questions),
@@ -189,6 +193,39 @@ class Questions:
                 batch["human_answers"] = human
         return batch
 
+    def _known(self, number: int, row: Mapping[str, Any], texts: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """Pair questions of a row with their targets.
+
+        Raises:
+            ValueError: there are none.
+        """
+        pairs = [(text, self._targets(number, row, text)) for text in texts]
+        known = [(text, target) for text, target in pairs if target is not None]
+        if len(known) < len(pairs):
+            place = self.source.rows.where(number)
+            raise ValueError(f"{place}: the questions have no answers; train on a split that has, such as train")
+        return known
+
+    def _any_answerable(self, samples: Int[Tensor, " B"], rows: slice) -> bool:
+        """Tell whether a sample outside `rows` has a question with a known answer; no image is read."""
+        others = torch.ones(len(samples), dtype=torch.bool)
+        others[rows] = False
+        opened = (
+            _open(self.source, self.texts, sample, "questions", images=False) for sample in samples[others].tolist()
+        )
+        return any(target.any() for number, row, texts in opened for _, target in self._known(number, row, texts))
+
+    def _nothing(self) -> Batch:
+        """Make a batch without rows."""
+        size, ids = self.source.image_size, torch.zeros(0, 1, dtype=torch.int64)
+        return {
+            "pixel_values": torch.zeros(0, 3, size, size),
+            "input_ids": ids,
+            "attention_mask": ids,
+            "owner": ids[:, 0],
+            "targets": torch.zeros(0, len(self.classes)),
+        }
+
     def _targets(self, number: int, row: Mapping[str, Any], text: int) -> Tensor | None:
         """Return the soft score of every class for one question; None where no answers are given."""
         if row.get("answer_labels"):
@@ -220,6 +257,7 @@ class Statements:
     texts: Texts
     dataset: str
     classes: tuple[str, ...] = ()
+    decodes: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -228,9 +266,11 @@ class Statements:
         """Count the statements of each sample: one."""
         return torch.ones(len(self), dtype=torch.int64)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Take every statement; its two images are changed each in its own way."""
-        return self._batch(with_generators(samples, generator))
+        return self._batch(with_generators(samples, generator, rows))
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         """Take every statement; without labels, as in a test split, there are none."""
@@ -262,6 +302,7 @@ class Masks:
     source: Source
     dataset: str
     classes: tuple[str, ...]
+    decodes: ClassVar[bool] = True
     evaluation_batch: ClassVar[int] = 1  # whole images differ in size
 
     def __len__(self) -> int:
@@ -271,10 +312,12 @@ class Masks:
         """Count no texts."""
         return torch.zeros(len(self), dtype=torch.int64)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Cut a square out of every image and its mask, both scaled before."""
         pixels, masks, names = [], [], []
-        for number, own in with_generators(samples, generator):
+        for number, own in with_generators(samples, generator, rows):
             row, image, mask = self._read(number)
             image, mask = training_picture(image, mask, self.source.image_size, own, self.source.settings)
             squared = pad(self.source.pixel_values([image])[0], mask, self.source.image_size)
@@ -300,7 +343,7 @@ class Masks:
 
     def _read(self, number: int) -> tuple[dict[str, Any], Image.Image, np.ndarray]:
         row = self.source.rows.read(number)
-        image = self.source.decode(number, row).convert("RGB")
+        image = self.source.colours(number, row)
         mask = np.asarray(self.source.decode(number, row, "mask"))
         if mask.dtype != np.uint8 or mask.shape != (image.height, image.width):
             found = f"mask: must be {image.width} x {image.height} of 8 bits, got {mask.dtype} of shape {mask.shape}"
@@ -318,6 +361,7 @@ class Labels:
     source: Source
     dataset: str
     classes: tuple[str, ...]
+    decodes: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.source.rows)
@@ -326,11 +370,13 @@ class Labels:
         """Count no texts."""
         return torch.zeros(len(self), dtype=torch.int64)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
         """Take every image, changed for training."""
-        drawn = with_generators(samples, generator)
-        rows = [(number, self.source.rows.read(number), own) for number, own in drawn]
-        return self._batch([row for _, row, _ in rows], [self.source.training(*drawn) for drawn in rows])
+        drawn = with_generators(samples, generator, rows)
+        read = [(number, self.source.rows.read(number), own) for number, own in drawn]
+        return self._batch([row for _, row, _ in read], [self.source.training(*drawn) for drawn in read])
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         """Take every image whole."""
@@ -357,12 +403,14 @@ def _num_texts(source: Source, texts: Texts) -> Tensor:
     return torch.ones(len(texts), dtype=torch.int64) if _by_text(source) else torch.from_numpy(texts.counts)
 
 
-def _open(source: Source, texts: Texts, sample: int, column: str) -> tuple[int, dict[str, Any], list[int]]:
+def _open(
+    source: Source, texts: Texts, sample: int, column: str, *, images: bool = True
+) -> tuple[int, dict[str, Any], list[int]]:
     """Read the row of a sample; return (its number, the row, which of its texts are the sample's)."""
     if _by_text(source):
         number, text = texts.place(sample)
-        return number, source.rows.read(number), [text]
-    row = source.rows.read(sample)
+        return number, source.rows.read(number, images=images), [text]
+    row = source.rows.read(sample, images=images)
     return sample, row, list(range(len(row[column])))
 
 

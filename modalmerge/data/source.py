@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from modalmerge.data.contract import Batch
-from modalmerge.data.prepare.kinds import decode
+from modalmerge.data.prepare.kinds import KINDS, decode
 from modalmerge.data.prepare.rows import Unusable
 from modalmerge.data.streaming import read_image
 from modalmerge.data.text import encode
 from modalmerge.data.transforms import InputSettings, normalise, square, training_image
+
+IMAGE_COLUMNS = {column for kind in KINDS.values() for column in kind.images}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +86,22 @@ class Rows:
     def _start(self, number: int) -> int:
         return int(self._ends[number - 1]) if number else 0
 
-    def read(self, row: int) -> dict[str, Any]:
+    def read(self, row: int, *, images: bool = True) -> dict[str, Any]:
         """Read one row, by column.
+
+        Args:
+            images: also the columns of `IMAGE_COLUMNS`.
 
         Raises:
             ValueError: its image is in a shard that cannot be read.
         """
         number, place = self._place(row)
-        values = self._table(number).slice(place, 1).to_pylist()[0]
+        table = self._table(number)
+        if not images:
+            table = table.select([name for name in table.column_names if name not in IMAGE_COLUMNS])
+        values = table.slice(place, 1).to_pylist()[0]
         part, _ = self._part(number)
-        if part.shards:
+        if part.shards and images:
             try:
                 values["image"] = read_image(part.folder, part.shards, values)
             except Unusable as error:
@@ -167,6 +175,11 @@ class Source:
         except Unusable as error:
             raise self.rows.unusable(number, row, f"{column}: {error}") from None
 
+    def colours(self, number: int, row: Mapping[str, Any], column: str = "image") -> Image.Image:
+        """Decode one image of a row to RGB; see `decode`."""
+        image = self.decode(number, row, column)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
     def training(
         self,
         number: int,
@@ -177,12 +190,12 @@ class Source:
         column: str = "image",
     ) -> Image.Image:
         """Decode an image and make it a square as training wants it."""
-        image = self.decode(number, row, column).convert("RGB")
+        image = self.colours(number, row, column)
         return training_image(image, self.image_size, generator, self.settings, texts=texts)
 
     def plain(self, number: int, row: Mapping[str, Any], column: str = "image") -> Image.Image:
         """Decode an image and make it a square as evaluation wants it."""
-        return square(self.decode(number, row, column).convert("RGB"), self.image_size)
+        return square(self.colours(number, row, column), self.image_size)
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Float[Tensor, " B 3 H W"]:
         """Turn images of one size into numbers around 0."""
@@ -194,7 +207,14 @@ class Source:
         return {"input_ids": ids, "attention_mask": mask}
 
 
-def with_generators(samples: Int[Tensor, " B"], generator: torch.Generator) -> list[tuple[int, torch.Generator]]:
-    """Give each sample a generator of its own, seeded from one: what is drawn for one does not depend on others."""
-    seeds = torch.randint(2**63 - 1, (len(samples),), generator=generator).tolist()
-    return [(sample, torch.Generator().manual_seed(seed)) for sample, seed in zip(samples.tolist(), seeds, strict=True)]
+def with_generators(
+    samples: Int[Tensor, " B"], generator: torch.Generator, rows: slice = slice(None)
+) -> list[tuple[int, torch.Generator]]:
+    """Give each sample a generator of its own, seeded from one: what is drawn for one does not depend on others.
+
+    Args:
+        rows: which of the samples are returned; all of them are seeded.
+    """
+    seeds = torch.randint(2**63 - 1, (len(samples),), generator=generator)
+    pairs = zip(samples[rows].tolist(), seeds[rows].tolist(), strict=True)
+    return [(sample, torch.Generator().manual_seed(seed)) for sample, seed in pairs]

@@ -1,5 +1,6 @@
 """Text to token ids and back, and whole-word masking."""
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from modalmerge.data import scene_text
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of their ids
+_ENCODING = threading.Lock()  # a tokenizer in use refuses another thread that sets how to pad: "Already borrowed"
 IGNORED = -100  # label of a token that is not predicted, as in torch.nn.functional.cross_entropy
 
 
@@ -77,8 +79,10 @@ def encode(
     if max_length < 3:
         raise ValueError(f"encode: max_length must be at least 3 ([CLS], a word, [SEP]), got {max_length}")
     settings = {"padding": True, "truncation": True, "max_length": max_length}
-    encoded = tokenizer(list(texts), **settings, return_tensors="pt")
-    return encoded["input_ids"], encoded["attention_mask"]
+    with _ENCODING:
+        encoded = tokenizer(list(texts), **settings, return_token_type_ids=False)
+    # its own `return_tensors` goes through all tokens in Python
+    return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " id"]:
@@ -121,6 +125,8 @@ def mask_words(
     mask_id: int,
     special_ids: Sequence[int],
     generator: torch.Generator,
+    rows: slice = slice(None),
+    num_rows: int | None = None,
 ) -> tuple[Int64[Tensor, " batch token"], Int64[Tensor, " batch token"]]:
     """Choose whole words to predict, and hide most of them.
 
@@ -136,7 +142,10 @@ def mask_words(
         vocab_size: number of ids; random ids are below it.
         mask_id: id of [MASK].
         special_ids: ids that are never chosen and never drawn.
-        generator: source of the draws, on the device of `input_ids`.
+        generator: on the CPU; it gives one seed, so that it goes on alike whatever the shape. What is drawn for a text
+            depends on that and on the text's row alone, not on padding.
+        rows: which rows of a larger batch these texts are; they get what they would get with all the others.
+        num_rows: rows of that batch; None: there are no others.
 
     Returns:
         Masked ids, and labels: the id where a word was chosen, else -100. Both are new.
@@ -159,13 +168,14 @@ def mask_words(
 
     open_ = (word_index >= 0) & (attention_mask != 0) & ~torch.isin(input_ids, special)
     word = word_index.clamp(min=0)
-    # One draw per word, spread over its pieces. float64, so that two words of a text never tie in practice.
-    shape = (input_ids.shape[0], max(1, input_ids.shape[1]))
-    draw = torch.rand(shape, generator=generator, device=device, dtype=torch.float64).gather(1, word)
-    fate = torch.rand(shape, generator=generator, device=device, dtype=torch.float64).gather(1, word)
+    own = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+    # Column by column, so that padding draws behind all else. float64: two words of a text never tie in practice.
+    shape = (max(1, input_ids.shape[1]), num_rows or len(input_ids), 3)
+    draws = torch.rand(shape, generator=own, dtype=torch.float64)[:, rows].to(device).unbind(2)  # (token, batch) each
+    draw, fate = (drawn.T.gather(1, word) for drawn in draws[:2])  # one per word, spread over its pieces
     draw = draw.masked_fill(~open_, 2.0)
     chosen = open_ & ((draw < probability) | (draw == draw.amin(1, keepdim=True)))
-    random_ids = allowed[torch.randint(len(allowed), input_ids.shape, generator=generator, device=device)]
+    random_ids = allowed[(draws[2].T * len(allowed)).long()]
     masked = torch.where(chosen & (fate < 0.8), mask_id, input_ids)
     masked = torch.where(chosen & (fate >= 0.9), random_ids, masked)
     return masked, torch.where(chosen, input_ids, IGNORED)

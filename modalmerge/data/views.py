@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from modalmerge.data.contract import Batch, TaskData, evaluation_limit
+from modalmerge.data.contract import Batch, TaskData, decodes, evaluation_limit
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,17 @@ class Changed:
     def evaluation_batch(self) -> int | None:
         return evaluation_limit(self.data)
 
+    @property
+    def decodes(self) -> bool:
+        return decodes(self.data)
+
     def __len__(self) -> int:
         return len(self.data)
 
-    def train_batch(self, samples: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
-        return self.change(self.data.train_batch(samples, generator))
+    def train_batch(
+        self, samples: Int[Tensor, " B"], generator: torch.Generator, *, rows: slice = slice(None)
+    ) -> Batch:
+        return self.change(self.data.train_batch(samples, generator, rows=rows))
 
     def batch(self, samples: Int[Tensor, " B"]) -> Batch:
         return self.change(self.data.batch(samples))

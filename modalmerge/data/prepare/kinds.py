@@ -1,6 +1,7 @@
 """The kinds of prepared rows: their columns, what counts as a sample, and what may be wrong with a row."""
 
 import io
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from modalmerge.data.prepare.rows import Unusable
 # what the public sets hold under whatever file name; other readers of PIL start programs, or are seldom looked at
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 NUM_MASK_CLASSES = 150
+_OPENING = threading.Lock()  # what is done with warnings holds for all threads; opening is a thirtieth of decoding
 
 
 def decode(content: bytes) -> Image.Image:
@@ -25,20 +27,20 @@ def decode(content: bytes) -> Image.Image:
     """
     if not content:
         raise Unusable("the image file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd EXIF and palettes
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
+    try:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF and palettes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-            image.load()
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise Unusable(f"the image is too large: {error}") from None
-        except UnidentifiedImageError:  # its own message holds an address in memory, another on every run
-            raise Unusable(
-                f"the image cannot be decoded: it is none of {', '.join(FORMATS)} and begins with {content[:12]!r}"
-            ) from None
-        except Exception as error:  # PIL's readers answer broken files by errors of nearly every type
-            raise Unusable(f"the image cannot be decoded: {error or type(error).__name__}") from None
+        image.load()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise Unusable(f"the image is too large: {error}") from None
+    except UnidentifiedImageError:  # its own message holds an address in memory, another on every run
+        raise Unusable(
+            f"the image cannot be decoded: it is none of {', '.join(FORMATS)} and begins with {content[:12]!r}"
+        ) from None
+    except Exception as error:  # PIL's readers answer broken files by errors of nearly every type
+        raise Unusable(f"the image cannot be decoded: {error or type(error).__name__}") from None
     return image
 
 
