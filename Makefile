@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-shapes check bench bench-merge bench-methods bench-distance clean
+.PHONY: demo test test-slow test-shapes check bench bench-merge bench-methods bench-distance bench-pretrain clean
 
 demo: $(STAMP)
 	.venv/bin/modalmerge study tiny
@@ -38,6 +38,12 @@ bench-methods: $(STAMP)
 # all distances against the L2 distance alone; likewise alone on the machine, the files take 8 GB of memory
 bench-distance: $(STAMP)
 	.venv/bin/modalmerge bench distance --scaling 0.2,0.5,1,2,4 -o bench/results/distance.json
+
+# a pre-training step against the straight flow, at size base and, in larger batches, vit-tiny; likewise alone, 11 GB
+bench-pretrain: $(STAMP)
+	.venv/bin/modalmerge bench pretrain -o bench/results/pretrain.json
+	for batch in 8 16 32 64; do .venv/bin/modalmerge bench pretrain --size vit-tiny --batch-size $$batch \
+		-o bench/results/pretrain_vit_tiny_$$batch.json || exit; done
 
 # torch goes first and alone: the pin takes the CPU build where the configured index offers one
 $(STAMP): pyproject.toml constraints.txt

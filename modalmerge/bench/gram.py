@@ -53,25 +53,26 @@ class Settings:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
 
 
-# -- the contenders: model -> a context for its runs, which gives what says which tokens are real ----------------
+# -- the contenders: model -> a context for its runs ------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _plain(model: ModalMergeModel) -> Iterator[Any]:
-    yield lambda masks: contextlib.nullcontext()
+def _plain(model: ModalMergeModel) -> Iterator[None]:
+    yield
 
 
 @contextlib.contextmanager
-def _ours(model: ModalMergeModel, *, token_fraction: float = 1.0) -> Iterator[Any]:
-    with GramCollector(model, own_inputs(model), token_fraction=token_fraction) as collector:
-        yield collector.tokens
+def _ours(model: ModalMergeModel, *, token_fraction: float = 1.0) -> Iterator[None]:
+    with GramCollector(model, own_inputs(model), token_fraction=token_fraction):
+        yield
 
 
 @contextlib.contextmanager
-def _naive(model: ModalMergeModel, sums: dict[str, Tensor]) -> Iterator[Any]:
-    """For every module and batch a whole product in float64, padding and all, copied to the host and added there.
+def _naive(model: ModalMergeModel, sums: dict[str, Tensor]) -> Iterator[None]:
+    """For every module and batch a whole product in float64, copied to the host and added there.
 
-    Source: what cache_gram_matrices.py of vl-merging 13c3041 does.
+    Source: what cache_gram_matrices.py of vl-merging 13c3041 does. Departure: there padding goes through the layers and
+    is summed, too; here none does, for any contender.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -84,7 +85,7 @@ def _naive(model: ModalMergeModel, sums: dict[str, Tensor]) -> Iterator[Any]:
 
     for name in own_inputs(model):
         model.get_submodule(name).register_forward_pre_hook(hook(name))
-    yield lambda masks: contextlib.nullcontext()
+    yield
 
 
 CONTENDERS: Mapping[str, Callable[[ModalMergeModel], contextlib.AbstractContextManager[Any]]] = {
@@ -127,11 +128,11 @@ def run_contender(name: str, settings: Settings) -> dict[str, float]:
     torch.set_num_threads(settings.num_threads)
     model = make_model(settings)
     batch = make_batch(model, settings.batch_size)
-    with torch.inference_mode(), find(CONTENDERS, name, "contender")(model) as tokens:
-        run_pairs(model, batch, tokens)
+    with torch.inference_mode(), find(CONTENDERS, name, "contender")(model):
+        run_pairs(model, batch)
         began = time.process_time()
         for _ in range(settings.num_batches):
-            run_pairs(model, batch, tokens)
+            run_pairs(model, batch)
         return {"seconds": (time.process_time() - began) / settings.num_batches}
 
 

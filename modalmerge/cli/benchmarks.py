@@ -443,3 +443,102 @@ def _print_loading(measured: dict[str, Any]) -> None:
     console.print(
         f"wanted: {measured['wanted']:g} times the step's; load average {before:.2f} before, {after:.2f} after"
     )
+
+
+@bench_app.command(
+    "pretrain",
+    epilog="Example: modalmerge bench pretrain --device cuda --precision bf16-mixed --batch-size 256 --compile",
+)
+def bench_pretrain(
+    size: Annotated[str, typer.Option(help="Model size, by name.")] = "base",
+    image_size: Annotated[int, typer.Option(help="Pixels per side.", min=1)] = 224,
+    batch_size: Annotated[int, typer.Option(help="Pairs of image and caption, from 2 on.")] = 8,
+    architecture: Annotated[str, typer.Option(help="Which parts modalities have for themselves.")] = "specific",
+    threads: Annotated[int, typer.Option(help="Threads of torch.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Steps that are counted in one run, behind one that is not.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turns; medians are shown.", min=1)] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = "32-true",
+    pad: Annotated[
+        str, typer.Option(help="Texts to the longest of the batch, or to the max of the model.")
+    ] = "longest",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile this project's flow.")] = False,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Compute the inside of layers again, in both flows.")
+    ] = False,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(help="Peak of the device, where it is not known; in 10^12 FLOPs a second.", min=0.001),
+    ] = None,
+    as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for everything measured.")] = None,
+) -> None:
+    """Measure a pre-training step against the straight flow, in which each loss makes full padded passes of its own.
+
+    Utilisation is FLOPs needed / seconds of a step / peak of the device, for either flow. FLOPs needed are
+    3 x (4 D^2 K + (4 D^2 + 4 D F) Q + 4 D A + heads), with width D, inner width F, K rows that give keys and values,
+    Q rows that are read, A pairs of a query and a key.
+    """
+    quieten()
+    from modalmerge.bench.pretrain import Settings, benchmark
+
+    settings = Settings(
+        size=size,
+        image_size=image_size,
+        batch_size=batch_size,
+        architecture=architecture,
+        num_threads=threads,
+        num_steps=steps,
+        device=device,
+        precision=precision,
+        pad=pad,
+        compile=compiled,
+        activation_checkpointing=activation_checkpointing,
+    )
+    measured = _keep(benchmark(settings, rounds=rounds, peak_tflops=peak_tflops, say=_say), output)
+    print_json(measured) if as_json else _print_pretrain(measured)
+
+
+def _print_pretrain(measured: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "modalmerge", "straight flow", "straight / modalmerge")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    settings, machine = measured["settings"], measured["machine"]
+    for key, label, scale, form in (
+        ("cpu_seconds", "processor, s a step", 1, ".3g"),
+        ("wall_seconds", "wall, s a step", 1, ".3g"),
+        ("peak_rss_bytes", "resident memory, MB", 1e-6, ".0f"),
+        ("gpu_peak_bytes", "memory of the GPU, MB", 1e-6, ".0f"),
+        ("block_calls", "calls of a layer", 1, ",.0f"),
+        ("block_tokens", "block-tokens", 1, ",.0f"),
+        ("feed_forward_rows", "rows of feed-forward networks", 1, ",.0f"),
+        ("tokens_per_second", "real tokens a second", 1, ".4g"),
+        ("utilisation", "utilisation, %", 100, ".3g"),
+    ):
+        if measured[key] is not None:
+            ours, other = (scale * measured[key][name] for name in ("ours", "other"))
+            table.add_row(label, f"{ours:{form}}", f"{other:{form}}", f"{other / ours:.2f}")
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(
+        f"{settings['size']}, {settings['architecture']}, {settings['image_size']} px, batch {settings['batch_size']}, "
+        f"{settings['precision']}, threads {settings['num_threads']}, medians of {measured['rounds']}; "
+        f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"
+    )
+    console.print(table)
+    console.print(
+        f"needed: {measured['block_tokens']['needed']:,} block-tokens, {measured['needed_flops']:.4g} FLOPs; "
+        f"{measured['flops_formula']}"
+    )
+    if measured["utilisation"] is None:
+        console.print("utilisation: the peak of this device and precision is not known; give --peak-tflops")
+    agreement = measured["agreement"]
+    console.print(
+        f"losses of the batch differ by {measured['losses']['difference']:.2g}; on {agreement['num_pairs']} pairs in "
+        f"float32 losses by {agreement['losses']:.2g}, gradients by {agreement['all_gradients']:.2g} of their norm, "
+        f"that of {agreement['parameter']} by {agreement['gradients']:.2g}, the most"
+    )
+    before, after = (measured["load_average"][when][0] for when in ("before", "after"))
+    console.print(f"load average {before:.2f} before, {after:.2f} after")
