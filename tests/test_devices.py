@@ -1,6 +1,7 @@
 """Commands and stages in two processes against one, and how those are started."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from modalmerge import cli, ranks
 from modalmerge.data.views import Changed
 from modalmerge.evaluate import evaluate
 from modalmerge.tasks import TASKS, classification, masked, nlvr2, retrieval, segmentation, vqa
-from modalmerge.train import processes, stages
+from modalmerge.train import devices, processes, stages
 from modalmerge.train.devices import ALONE, Devices, chosen_devices, cluster_environment, joined, on_first
 from modalmerge.train.settings import TrainSettings
 
@@ -163,6 +164,25 @@ def test_what_handles_signals_is_put_back(monkeypatch):
             signal.signal(number, handler)
 
 
+def follow():
+    devices._end_with_parent()
+    time.sleep(60)
+
+
+def test_a_process_ends_when_its_folder_is_gone(tmp_path, monkeypatch):
+    """Or with its parent, which a slow test kills; the step, which may hang, is not asked."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.setenv("MODALMERGE_FOLDER", str(folder))
+    process = multiprocessing.get_context("fork").Process(target=follow)
+    process.start()
+    process.join(1)
+    assert process.exitcode is None
+    folder.rmdir()
+    process.join(10)
+    assert process.exitcode == 1
+
+
 HANDLERS = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN, print)  # SIGHUP as of nohup
 
 
@@ -171,11 +191,11 @@ HANDLERS = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN, print)  
 
 @pytest.fixture
 def told(tmp_path, monkeypatch, capsys):
-    """Let processes fail in this order; gives what is raised and what standard error says."""
+    """Let processes fail in this order, some later by seconds; gives what is raised and what standard error says."""
 
     def tell(*endings):
         failures = {}
-        for number, ending in endings:
+        for number, ending, *seconds in endings:
             folder = tmp_path / str(number)
             folder.mkdir()
             (folder / "stderr.log").write_text(f"words of process {number}\n")
@@ -188,6 +208,7 @@ def told(tmp_path, monkeypatch, capsys):
                 time.sleep(0.01)
             code = 1 if isinstance(ending, Exception) else ending
             failures[number] = ProcessFailure(number, 0, code, str(folder / "error.json"))
+            failures[number].timestamp += sum(seconds)
         with pytest.raises((ValueError, SystemExit)) as caught:
             processes._tell(ChildFailedError("", failures), tmp_path)
         return caught.value, capsys.readouterr().err
@@ -209,9 +230,10 @@ def test_of_other_errors_the_first_is_told(told):
     assert printed.endswith("error: process 1: KeyError: 'weight'\n")
 
 
-def test_those_that_the_launcher_ended_are_not_told(told):
-    end, printed = told((1, KeyError("weight")), (0, -signal.SIGTERM))
-    assert end.code == 1 and printed.count("Traceback") == 1 and "SIGTERM" not in printed
+@pytest.mark.parametrize("ending", [(-signal.SIGTERM,), (-signal.SIGKILL, 30)])
+def test_those_that_the_launcher_ended_are_not_told(told, ending):
+    end, printed = told((1, KeyError("weight")), (0, *ending))
+    assert end.code == 1 and printed.count("Traceback") == 1 and "SIG" not in printed
     assert printed.endswith("error: process 1: KeyError: 'weight'\n")
 
 
@@ -227,6 +249,11 @@ def test_a_killed_process_is_told_with_those_that_missed_it(told):
 def test_a_killed_process_is_told_with_a_mistake(told):
     error, printed = told((0, ValueError("no such task")), (1, -signal.SIGKILL))
     assert (str(error), printed) == (f"no such task\n  {KILLED}", "")
+
+
+def test_the_process_that_was_killed_first_is_told(told):
+    end, printed = told((0, -signal.SIGKILL, 30), (1, -signal.SIGKILL))
+    assert (end.code, printed) == (1, f"error: {KILLED}\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

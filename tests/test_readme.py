@@ -60,6 +60,7 @@ def test_named_files_exist() -> None:
         package = ROOT / "modalmerge"
         folders = (
             ROOT,
+            package / "model",
             package / "study",
             package / "merge",
             package / "merge" / "methods",

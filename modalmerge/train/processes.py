@@ -134,10 +134,12 @@ def leave_error(error: Exception) -> None:
 
 def _tell(failed: ChildFailedError, folder: Path) -> None:
     """Raise what the first process that failed told, and say which one was killed, or how one ended."""
-    ended = [failure for failure in failed.failures.values() if failure.exitcode >= 0]
-    killed = [failure for failure in failed.failures.values() if failure.exitcode < 0]
-    # by SIGTERM the launcher ends the others; alone it came from elsewhere
-    killed = [failure for failure in killed if failure.exitcode != -signal.SIGTERM] or ([] if ended else killed)
+    failures = sorted(failed.failures.values(), key=lambda failure: failure.timestamp)
+    ended = [failure for failure in failures if failure.exitcode >= 0]
+    # by SIGTERM the launcher ends the others, and half a minute later by SIGKILL; alone these came from elsewhere
+    soon = [failure for failure in failures if failure.timestamp < failures[0].timestamp + 25]
+    killed = [failure for failure in soon if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
+    killed = killed or ([] if ended else failures)
     left = [(json.loads(path.read_text()), path.parent.name) for path in folder.rglob("error.json")]
     left.sort(key=lambda each: (not each[0]["is_users"], each[0]["seconds"]))
     notes = [f"process {failure.local_rank} was ended by {failure.signal_name()}, perhaps for want of memory; "
