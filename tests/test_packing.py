@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
+from modalmerge.model.layer import attend
 from modalmerge.model.packing import Pack, Prefix, Sequences, blocks, text_lengths
 from modalmerge.train.objectives import PretrainingBatch, pretraining_losses
 
@@ -149,6 +151,25 @@ def test_masks_that_are_no_padding_behind_texts_are_refused(mask, message):
 def test_lengths_are_counted():
     assert text_lengths(torch.tensor([[1, 1, 0], [1, 1, 1]])) == (2, 3)
     assert text_lengths(torch.ones(2, 3, dtype=torch.long)) is None
+
+
+@pytest.mark.parametrize("own_bias, num_queries", [(False, 6), (True, 6), (False, 1), (True, 2)])
+def test_attention_is_torchs(own_bias, num_queries):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    query, key, value = draw(3, 2, num_queries, 4), draw(3, 2, 6, 4), draw(3, 2, 6, 4)
+    bias = draw(3 if own_bias else 1, 2, num_queries, 6)
+    if own_bias:
+        bias[1, :, :, 4:] = float("-inf")
+    inputs = [x.requires_grad_() for x in (query, key, value, bias)]
+    found, wanted = attend(*inputs), scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    torch.testing.assert_close(found, wanted)
+    weights = draw(*found.shape)
+    gradients = [torch.autograd.grad((result * weights).sum(), inputs) for result in (found, wanted)]
+    torch.testing.assert_close(*gradients)
 
 
 # -- the settings that save memory or time change no number ---------------------------------------------------

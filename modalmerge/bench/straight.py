@@ -1,7 +1,7 @@
 """The straight flow: every objective makes full padded passes of its own, and computes every position of every layer.
 
 It is the yardstick of this project's flow, in tests and in `modalmerge bench pretrain`, and shares with it the
-parameters and the kernels (linear maps, `scaled_dot_product_attention`), not how tokens are taken through the layers.
+parameters and the kernels (linear maps, `attend`), not how tokens are taken through the layers.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modalmerge.bench.counting import Counts
 from modalmerge.model import ModalMergeModel
+from modalmerge.model.layer import attend
 from modalmerge.train.objectives import PretrainingBatch
 
 
@@ -164,7 +165,7 @@ class StraightFlow:
             projected.append(functional.linear(layer.expert("norm1", name)(hidden), attention.qkv.weight, biases))
         together = torch.cat(projected, 1) if len(projected) > 1 else projected[0]  # (B, T, 3D)
         query, key, value = together.unflatten(2, (3, config.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        attended = attend(query, key, value, bias.to(query.dtype))
         updates = attended.transpose(1, 2).flatten(2).split(lengths, 1)
         made = []
         for name, hidden, update in zip(names, states, updates, strict=True):

@@ -66,7 +66,7 @@ def heal(
 
     find(DATASETS, data, "data set")
     preset = resolve_preset(config, changes)
-    with processes(devices, nodes, strategy) as chosen:
+    with processes(devices, nodes, strategy, training=[preset.healing]) as chosen:
         done = heal_run(preset, merged, experts, output, devices=chosen, **stage_progress(output.name))
         answer(as_json, done, stage_text(done))
 

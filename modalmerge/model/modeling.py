@@ -25,8 +25,8 @@ from modalmerge.model.packing import Block, Pack, Prefix, Read, Sequences, text_
 # ones with padding. On one core of an AMD EPYC a step takes, with 64 and with 8: of size nano, batch 64, 0.22 s and
 # 0.27 s; of vit-tiny, batch 8, the same to 3 %.
 LENGTH_STEP = 64
-# That evaluation takes through the fusion layers at once. At size base and 480 pixels these are 21 pairs: 0.25 GB inside
-# an FFN, and a bias of 0.9 GB where texts differ in length.
+# That evaluation takes through the fusion layers at once. At size base and 480 pixels these are 21 pairs: 0.25 GB
+# inside an FFN, and a bias of 0.9 GB where texts differ in length.
 PAIR_TOKENS = 20_000
 
 
@@ -147,9 +147,10 @@ class ModalMergeModel(PreTrainedModel):
         return self.text_embeddings.words
 
     def compile_layers(self) -> None:
-        """Let `torch.compile` fuse what lies around attention in training; one compilation serves all layers and shapes.
+        """Let `torch.compile` fuse what lies around attention in training.
 
-        Hooks on modules inside the layers do not see training then; evaluation runs as before.
+        One compilation serves all layers and shapes. Hooks on modules inside the layers do not see training then;
+        evaluation runs as before.
         """
         for layer in self.layers:
             assert isinstance(layer, Layer)
@@ -195,7 +196,7 @@ class ModalMergeModel(PreTrainedModel):
 
     @contextlib.contextmanager
     def shared_biases(self) -> Iterator[None]:
-        """Gather the position bias of a layer once inside, however many passes take it; parameters must stay as they are."""
+        """Gather the position bias of a layer once inside, however many passes take it; its table must not change."""
         self._biases = {}
         try:
             yield
@@ -211,8 +212,8 @@ class ModalMergeModel(PreTrainedModel):
             )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}; give a number "
-                "for every token"
+                f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}; give a "
+                "number for every token"
             )
         lengths = None if attention_mask is None else text_lengths(attention_mask)
         return Prefix("text", self.text_embeddings(input_ids) + self.token_types.weight[0], lengths)

@@ -42,6 +42,7 @@ from modalmerge.study.runs import MODEL, SETTINGS, is_finished, summary
 from modalmerge.tasks import TASKS
 from modalmerge.train.devices import ALONE, Devices, on_first
 from modalmerge.train.progress import Report
+from modalmerge.train.settings import differences
 from modalmerge.train.stages import model_from, save
 
 NAME = "paper"
@@ -306,9 +307,10 @@ def _keep_preset(study: Paper, run: Path) -> None:
     del now["device"]  # no number depends on it
     now["recipes"] = {name: deciding_values(recipe) for name, recipe in study.recipes.items()}
     if path.exists():
-        if json.loads(path.read_text()) != now:
+        if differing := differences(json.loads(path.read_text()), now):
             raise ValueError(
-                f"{run} holds a study with other settings (see {PRESET_FILE} in it); choose another with -o"
+                f"{run} holds a study with other settings (see {PRESET_FILE} in it; {', '.join(differing)}); choose "
+                "another with -o"
             )
         return
     with atomic_file(path) as partial:

@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from modalmerge.merge.methods import METHODS
 from modalmerge.model import ARCHITECTURES, SIZES, ModalMergeConfig
 from modalmerge.registry import find, unknown
 from modalmerge.study.targets import BASIC_TARGETS, TARGETS
-from modalmerge.train.settings import TrainSettings
+from modalmerge.train.settings import TrainSettings, deciding_settings, differences
 
 # fields of the model's configuration that `Preset.model` may set, by their defaults; the others follow from the rest
 _FOLLOWING = (
@@ -385,36 +385,15 @@ def what_differs(there: Mapping[str, Any], now: Preset, *, growing: tuple[str, .
     there = {**later, **there}
     if isinstance(there.get("finetuning"), Mapping):  # settings of tasks that it did not know are no difference
         there["finetuning"] = {**values["finetuning"], **there["finetuning"]}
-    there = _with_later_settings(there, now)
     grown = {name: values[name] for name in growing if set(there.get(name, ())) <= set(values[name])}
-    differing = list(_differences({**there, **grown}, values))
-    if differing:
+    if differing := differences({**there, **grown}, values):
         return differing
     # an empty list of expert sets' settings stands for the recipe's, which a longer one need not hold
     sets = {expert_set.name for expert_set in now.expert_sets}
-    lost = [expert_set.name for expert_set in from_dict(there).expert_sets if expert_set.name not in sets]
+    lost = [
+        expert_set.name for expert_set in from_dict(deciding_settings(there)).expert_sets if expert_set.name not in sets
+    ]
     return [f"expert sets: there {', '.join(lost)} too"] if lost else []
-
-
-def _with_later_settings(there: Any, now: Any) -> Any:
-    """Give settings of training that were written down before some existed the defaults of those."""
-    if not isinstance(there, Mapping):
-        return there
-    if isinstance(now, TrainSettings):
-        fields = dataclasses.fields(now)
-        later = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        return {**json.loads(json.dumps(later)), **there}
-    inside = now if isinstance(now, Mapping) else getattr(now, "__dict__", {})
-    return {key: _with_later_settings(value, inside.get(key)) for key, value in there.items()}
-
-
-def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in {**there, **now}:
-        old, new = there.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key}: there {old}, now {new}"
 
 
 def to_dict(preset: Preset) -> dict[str, Any]:
