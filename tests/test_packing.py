@@ -310,7 +310,9 @@ def test_compiled_layers_give_the_same_and_are_compiled_once():
     with torch.compiler.set_stance("fail_on_recompile"):
         found = [losses_and_gradients(model, batch) for batch in batches]
         seen = []  # in evaluation hooks are called, and nothing is compiled
-        model.eval().layers[1].expert("norm1", "text").register_forward_pre_hook(lambda *_: seen.append(1))
+        norm = model.eval().layers[1].expert("norm1", "text")
+        hook = norm.register_forward_pre_hook(lambda *_: seen.append(1))
         model(batches[0].input_ids, batches[0].attention_mask)
+        hook.remove()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert seen == [1] and pickle.loads(pickle.dumps(model)).layers[0].is_compiled
