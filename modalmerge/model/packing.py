@@ -1,7 +1,7 @@
 """Sequences of unequal length as rows of one matrix, without padding, and back.
 
-A linear layer or a norm runs on all rows at once. Sequences of the same length lie side by side, so that attention
-takes them as one block without a mask: a view, no copy.
+A linear layer or a norm runs on all rows at once. Sequences of about the same length lie side by side in a block, in
+which attention, and nothing else, takes them with padding; where they are equally long that is a view, without a mask.
 
 Shapes: B samples, T text tokens (padded), I image tokens, D `hidden_size`, N rows.
 """
