@@ -124,7 +124,7 @@ def test_peaks_are_of_known_devices_in_bfloat16():
     assert bench.peak_flops_of(bf16, "NVIDIA A100-SXM4-80GB", None) == 312e12
     assert bench.peak_flops_of(NANO, "NVIDIA H200", None) is None
     assert bench.peak_flops_of(bf16, "NVIDIA T4", None) is None
-    assert bench.peak_flops_of(bf16, "NVIDIA T4", 65) == bench.peak_flops_of(NANO, None, 65) == 65e12
+    assert bench.peak_flops_of(bf16, "NVIDIA T4", 65.0) == bench.peak_flops_of(NANO, None, 65.0) == 65e12
 
 
 # -- the contenders --------------------------------------------------------------------------------------------------

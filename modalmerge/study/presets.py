@@ -249,7 +249,7 @@ def _check_distinct(name: str, values: tuple[Any, ...]) -> None:
 def tiny() -> Preset:
     """A study for two CPU cores: model size `nano` on the embedded world.
 
-    Command: `modalmerge study tiny`; 10 to 11 minutes and 3.1 GB on two cores of an AMD EPYC, per random seed. With
+    Command: `modalmerge study tiny`; 10 to 12 minutes and 3.1 GB on two cores of an AMD EPYC, per random seed. With
     `--set tasks=all` about 10 minutes more.
     Expected zero-shot `recall_mean` (five random seeds): baseline 75.6, specific 74.6, naive 26.5, recipe 58.1
     (interpolation) and 59.4 (arithmetic); VQA after fine-tuning: baseline 68.1, from scratch 50.9; NLVR2 57.9 and 50.0.

@@ -1,7 +1,7 @@
 """One step of training, as Lightning's Trainer asks for it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
@@ -44,7 +44,7 @@ class TrainingModule(lightning.LightningModule):
         self.requests: list[float] = []
         self.failure: dict[str, Any] | None = None  # what a checkpoint of a bad step tells of it
 
-    def training_step(self, numbered: tuple[int, Any], batch_index: int) -> Tensor:
+    def training_step(self, numbered: Sequence[Any], batch_index: int) -> Tensor:
         number, batch = numbered
         if isinstance(batch, Exception):
             raise batch
@@ -109,7 +109,7 @@ class TrainingModule(lightning.LightningModule):
         # a fused step undoes the scaling of gradients of 16 bits itself, too late for clipping
         fused = not (self.settings.clip_norm and self.settings.precision == "16-mixed")
         optimizer = torch.optim.AdamW(groups, betas=self.settings.betas, fused=fused)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
