@@ -324,8 +324,10 @@ def test_an_interrupted_stage_goes_on(chain, call, tmp_path, monkeypatch, number
 
         return report
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background have it ignored
     monkeypatch.setattr("modalmerge.train.progress.plain_report", stop)
     code, _, err = call("pretrain", "tiny", "-o", run, *CHANGES)
+    signal.signal(signal.SIGINT, before)
     assert (code, err.strip()) == (exit_code, "interrupted; the same command goes on from here")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
