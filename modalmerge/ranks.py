@@ -32,18 +32,27 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def equal_part(batch_size: int, num_processes: int) -> int:
+    """Return how many samples of a batch each process has.
+
+    Raises:
+        ValueError: they cannot have equally many.
+    """
+    if batch_size % num_processes:
+        raise ValueError(
+            f"{batch_size} samples at once have no {num_processes} equal parts, one for each process; choose a "
+            f"batch_size, or a micro_batch_size, that {num_processes} divides, or another number of processes"
+        )
+    return batch_size // num_processes
+
+
 def own_rows(batch_size: int) -> slice:
     """Return which samples of a batch of all ranks are this one's.
 
     Raises:
-        ValueError: the ranks cannot have equally many.
+        ValueError: as `equal_part`.
     """
-    if batch_size % num_ranks():
-        raise ValueError(
-            f"{batch_size} samples at once have no {num_ranks()} equal parts, one for each process; choose a "
-            f"batch_size, or a micro_batch_size, that {num_ranks()} divides, or another number of processes"
-        )
-    own = batch_size // num_ranks()
+    own = equal_part(batch_size, num_ranks())
     return slice(rank() * own, (rank() + 1) * own)
 
 

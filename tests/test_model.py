@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
+from modalmerge.bench.straight import straight_losses
 from modalmerge.model import (
     ARCHITECTURES,
     SIZES,
@@ -20,7 +21,6 @@ from modalmerge.model import (
     size_config,
 )
 from modalmerge.model.packing import Block, Span
-from modalmerge.tasks.retrieval import contrastive_loss, similarities
 from modalmerge.train.objectives import PretrainingBatch, draw_negatives, pretraining_losses
 
 torch.set_num_threads(1)
@@ -345,36 +345,6 @@ class TestTraining:
         assert layer.eval()._keep(rows, [], None) is None
 
 
-def straight_losses(model, batch, negatives):
-    """The yardstick: three full passes, nothing shared, every token computed to the end."""
-    first, last = range(model.config.fusion_start), range(model.config.fusion_start, len(model.layers))
-    contrastive = []
-    for name, modality in (("contrastive", None), ("joint_contrastive", "joint")):
-        head = model.heads[name]
-        ends = []
-        for begun, side in (
-            (model.begin_image(batch.pixel_values), "vision"),
-            (model.begin_text(batch.input_ids, batch.attention_mask), "text"),
-        ):
-            state = model.norm(model.run(model.run(begun, first), last, modality=modality).hidden)
-            ends.append(head.project(state[:, 0], side))
-        contrastive.append(contrastive_loss(similarities(*ends, head.logit_scale)))
-    image, text = negatives
-    passes = [
-        model(batch.input_ids, batch.attention_mask, batch.pixel_values),
-        model(batch.input_ids, batch.attention_mask, batch.pixel_values[image]),
-        model(batch.input_ids[text], batch.attention_mask[text], batch.pixel_values),
-    ]
-    logits = torch.cat([model.heads["matching"](output.pooled) for output in passes])
-    labels = torch.tensor([1] * len(image) + [0] * 2 * len(image))
-    matching = torch.nn.functional.cross_entropy(logits, labels)
-    hidden = model(batch.masked_ids, batch.attention_mask, batch.pixel_values).last_hidden_state
-    words = model.heads["masked_language"](hidden[:, : batch.labels.shape[1]])
-    masked = torch.nn.functional.cross_entropy(words.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
-    losses = {"contrastive": sum(contrastive) / 2, "matching": matching, "masked_language": masked}
-    return {**losses, "loss": sum(losses.values())}
-
-
 class TestPretrainingLosses:
     @pytest.mark.parametrize("early_attention", ["separate", "joint"])
     @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixed"])
@@ -384,7 +354,7 @@ class TestPretrainingLosses:
         results = []
         for compute in (
             lambda: pretraining_losses(model, batch, generator=torch.Generator(), negatives=negatives),
-            lambda: straight_losses(model, batch, negatives),
+            lambda: straight_losses(model, batch, negatives=negatives),
         ):
             model.zero_grad(set_to_none=True)
             losses = compute()

@@ -65,7 +65,7 @@ class Layer(GradientCheckpointingLayer):
     """Pre-norm block: attention over one or more segments of tokens, then a feed-forward network for each.
 
     A segment is the tokens that one modality's experts process; all segments of a sequence attend to each other. Norms
-    and linear layers take the rows of all sequences at once. The sequences lie in blocks of one length each.
+    and linear layers take the rows of all sequences at once. The sequences lie in blocks of about one length each.
     """
 
     def __init__(self, config: ModalMergeConfig, index: int) -> None:

@@ -354,12 +354,8 @@ def scatter(sequences: Sequences, own: Sequence[Block], states: Sequence[Float[T
     laid_out = []
     for block, rows in zip(own, states, strict=True):
         places, wanted = _wanted(sequences, block)
-        if bool(wanted.all()):
-            tokens = rows.view(block.count, len(places), rows.shape[1])
-        else:
-            real = to_device(wanted.flatten().nonzero()[:, 0], rows.device)
-            tokens = rows.new_zeros(wanted.numel(), rows.shape[1]).index_copy(0, real, rows)
-            tokens = tokens.view(block.count, len(places), rows.shape[1])
+        span = _span(block.count, len(places), None if bool(wanted.all()) else wanted)
+        tokens = to_device(span, rows.device).pad(rows)
         missing = len(named) - len(places)  # texts of other blocks are longer
         if missing:
             text, image = tokens.split([num_texts - missing, len(named) - num_texts], 1)

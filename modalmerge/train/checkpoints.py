@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from modalmerge import ranks
+from modalmerge.checkpoint.writing import sync
 from modalmerge.train.module import NotFiniteError, dropout_seed
 from modalmerge.train.settings import TrainSettings
 
@@ -126,21 +127,12 @@ class _WholeFile(TorchCheckpointIO):
         partial = path.with_suffix(".partial")
         try:
             torch.save(checkpoint, partial)
-            _to_disk(partial)
+            sync(partial)
             os.replace(partial, path)
-            _to_disk(path.parent)
+            sync(path.parent)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             partial.unlink(missing_ok=True)
             self.error = error
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def ignore_stopping(worker: int) -> None:

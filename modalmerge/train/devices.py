@@ -57,14 +57,9 @@ class Devices:
         """Refuse a batch of all processes that has no equal parts for them, before any of them is started.
 
         Raises:
-            ValueError: as `ranks.own_rows`.
+            ValueError: as `ranks.equal_part`.
         """
-        if samples_at_once % self.num_processes:
-            raise ValueError(
-                f"{samples_at_once} samples at once have no {self.num_processes} equal parts, one for each process; "
-                f"choose a batch_size, or a micro_batch_size, that {self.num_processes} divides, or another number of "
-                f"processes"
-            )
+        ranks.equal_part(samples_at_once, self.num_processes)
 
 
 ALONE = Devices()
