@@ -1,5 +1,9 @@
 """Run tasks on a model and data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 from modalmerge.data.contract import Batch, TaskData
@@ -40,6 +44,25 @@ def evaluate(model: ModalMergeModel, task: str, data: TaskData) -> list[Result]:
             return chosen.evaluate(model, on_device(data, model.device))
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def on_accelerator(model: ModalMergeModel, accelerator: str = "auto") -> Iterator[None]:
+    """Have a model on the accelerator for a while, if there is one and "cpu" is not asked for."""
+    found: Any = accelerator_for(accelerator)  # transformers' `to` is not typed for a device
+    if found is None:
+        yield
+        return
+    try:
+        model.to(found)
+        yield
+    finally:
+        model.cpu()
+
+
+def accelerator_for(wanted: str) -> torch.device | None:
+    """Find this process' accelerator; None where there is none, or where `wanted` is "cpu"."""
+    return torch.accelerator.current_accelerator(check_available=True) if wanted != "cpu" else None
 
 
 def hide(data: TaskData, modality: str) -> TaskData:

@@ -62,7 +62,8 @@ class Cell:
             image-only, scratch) are "other", with `settings["control"]`.
         stage: "zero-shot" or "fine-tuned".
         random_seed: seed of the random numbers, not the seed weights.
-        initialisation: what the experts started from.
+        initialisation: what the very first weights were, such as "random" or "images"; older files say "seed" for
+            experts that started from a seed, which `base_fraction` tells.
         base_fraction: share of the pre-training spent on the seed weights, in [0, 1].
         architecture: name of the map of what is per modality.
         method: merge method, "none" where nothing was merged.

@@ -25,6 +25,7 @@ from modalmerge.records import Cell
 from modalmerge.study import apply_changes, load_preset, run_study, to_dict
 from modalmerge.study import driver as driver_module
 from modalmerge.study import jobs as jobs_module
+from modalmerge.study import workers as workers_module
 from modalmerge.study.jobs import Context, run_job, split_data
 from modalmerge.study.plan import HIDDEN, REPAIRED, ROWS, Job, describe, plan
 from modalmerge.study.targets import TARGETS
@@ -46,7 +47,9 @@ def test_every_job_comes_after_what_it_needs(random_seeds):
         assert job.random_seed in (*random_seeds, 0)
         needed = {need.partition("-")[0] for need in job.needs} - {"data"}
         assert needed <= {str(job.random_seed)}  # repetitions share the data alone
-    assert len(known) == 1 + len(random_seeds) * (len(plan(load_preset("tiny"))) - 1)
+    of_one = plan(load_preset("tiny"))
+    controls = [job for job in of_one if job.kind == "finetune" and job.arguments["model"] in ("scratch", *HIDDEN)]
+    assert len(known) == 1 + len(random_seeds) * (len(of_one) - 1 - len(controls)) + len(controls)
 
 
 def test_every_row_is_trained_or_merged_and_fine_tuned():
@@ -70,9 +73,11 @@ def test_all_tasks_add_jobs_and_leave_those_of_every_study():
     for target in ("nlvr2", "postcards", "segmentation", "classification"):
         for random_seed in (0, 3):
             tuned = {name for name in ROWS if f"{random_seed}-{name}-{target}" in jobs}
-            # the others have one side, or cannot be told by one
+            # the others have one side, or cannot be told by one; controls are for the first random seed
             sides = HIDDEN if target == "nlvr2" and random_seed == 0 else set()
-            assert tuned == {"agnostic", "specific", "scratch", "naive-interpolation", "recipe-interpolation", *sides}
+            scratch = {"scratch"} if random_seed == 0 else set()
+            main = {"agnostic", "specific", "naive-interpolation", "recipe-interpolation"}
+            assert tuned == {*main, *scratch, *sides}
     tuned_experts = {job.arguments["target"] for job in jobs.values() if job.arguments.get("merged")}
     assert tuned_experts == {"vqa", "nlvr2", "segmentation", "classification"}
     assert jobs["0-experts-vqa"].needs == ("data", "0-experts", "0-recipe-interpolation")
@@ -113,8 +118,13 @@ def test_further_methods_repairs_and_fractions_are_jobs_of_their_own():
         assert set(job.needs) <= known and job.kind in jobs_module.KINDS and job.weight > 0
         known.add(job.id)
     further = {f"recipe-{method}" for method in preset.methods} | set(REPAIRED)
-    for name in further:
-        assert {f"3-{name}", f"3-{name}-retrieval", f"3-{name}-vqa"} <= known
+    assert {f"3-{name}" for name in further} <= known
+    assert not any(f"0-{name}-vqa" in known for name in further - set(ROWS)), "that has to be asked for"
+    tuned = apply_changes(preset, {"finetuned": "regmean,healed,aligned"})
+    added = {job.id for job in plan(tuned)} - known
+    models = ("recipe-regmean", "naive-healed", "naive-unseeded", "naive-aligned")
+    wanted = {f"{seed}-{name}-{task}" for seed in (0, 3) for name in models for task in preset.tasks}
+    assert added == wanted
     assert {"0-recipe-kept-0.25", "3-recipe-kept-1.0"} <= known
     assert not any("kept" in name and name.endswith("vqa") for name in known), "points of the curve are not fine-tuned"
     every = {job.arguments.get("model", "statistics") for job in jobs.values() if job.kind != "data"}
@@ -198,7 +208,7 @@ def jobs(monkeypatch):
             with lock:
                 happened.ended.append(job.id)
 
-    monkeypatch.setattr(driver_module, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(workers_module, "ProcessPoolExecutor", Threads)
     for kind in jobs_module.KINDS:
         monkeypatch.setitem(jobs_module.KINDS, kind, run)
     return happened
@@ -506,7 +516,7 @@ def test_jobs_by_themselves_interrupted_give_the_same_numbers(study, tmp_path, m
                 run_job(job, context)
             assert not context.folder(job.id).exists()
         assert run_job(job, context) == job.id
-        cells += [Cell(**values) for values in driver_module._job_cells(context.folder(job.id))]
+        cells += [Cell(**values) for values in driver_module.job_cells(context.folder(job.id))]
     assert len(stopped) == sum(job.kind in ("pretrain", "finetune") for job in plan(context.preset))
     assert numbers(cells) == numbers(study[1].cells)
 

@@ -105,13 +105,14 @@ def test_a_set_is_measured_merged_and_as_it_is(study, name):
         "architecture": architecture,
         "seed_fraction": float(fraction),
         "rate_factor": float(factor),
+        "initialisation": "random",
     }
     tried = [c for c in cells if c.split == "validation" and c.settings.get("expert_set") == name]
     assert [c.settings["ratio"] for c in tried] == list(preset.ratios)
     assert cell.settings == max(tried, key=lambda c: c.value).settings == {**about, "ratio": cell.settings["ratio"]}
     assert unmerged.settings == about
     assert {c.base_fraction for c in (cell, unmerged)} == {float(fraction)}
-    assert cell.initialisation == unmerged.initialisation == ("seed" if float(fraction) else "random")
+    assert cell.initialisation == unmerged.initialisation == "random"
     assert {c.steps for c in (cell, unmerged)} == {preset.pretraining.num_steps}
 
 

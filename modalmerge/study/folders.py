@@ -26,6 +26,7 @@ CELLS, CURVE, PREDICTIONS, STEPS, MODEL = (
     "model",
 )
 PROGRESS = "progress.json"
+DESCRIPTIONS = ("control", "repair", "variant")  # in the settings of cells: they set nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,8 @@ def leave(
 def chosen_settings(context: Context, job_id: str) -> dict[str, Any]:
     """Read which settings a merge chose."""
     cells = json.loads((context.folder(job_id) / CELLS).read_text())
-    return dict(next(cell["settings"] for cell in cells if cell["split"] == "test"))
+    chosen = next(cell["settings"] for cell in cells if cell["split"] == "test")
+    return {key: value for key, value in chosen.items() if key not in DESCRIPTIONS}
 
 
 def measured_distances(context: Context, job_id: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from modalmerge.data.arrays import SCENE_KINDS, CaptionArrays, load_scenes
 from modalmerge.data.contract import TaskData
 from modalmerge.data.text import scenes_tokenizer
 from modalmerge.distance.results import measure_tensors
-from modalmerge.evaluate import evaluate, hide
+from modalmerge.evaluate import evaluate, hide, on_accelerator
 from modalmerge.layouts import load_layout
 from modalmerge.merge.apply import merge_tensors
 from modalmerge.merge.carry import remaining_components
@@ -32,7 +33,7 @@ from modalmerge.model import (
     expert_map,
     size_config,
 )
-from modalmerge.records import Cell
+from modalmerge.records import Cell, Result
 from modalmerge.study.candidates import candidates
 from modalmerge.study.folders import (
     STEPS,
@@ -44,7 +45,7 @@ from modalmerge.study.folders import (
     note_progress,
     write_json,
 )
-from modalmerge.study.plan import EXPERTS, HIDDEN, MERGED_AFTER, ROWS, SET, UNMERGED, UNSEEDED, Job, describe
+from modalmerge.study.plan import EXPERTS, HIDDEN, IMAGES, MERGED_AFTER, ROWS, SET, UNMERGED, UNSEEDED, Job, describe
 from modalmerge.study.presets import Preset
 from modalmerge.study.results import cells_of, predictions_of
 from modalmerge.study.targets import TARGETS
@@ -61,6 +62,7 @@ from modalmerge.train.stages import (
 )
 
 STATISTICS = "statistics.safetensors"
+COST = "cost.json"  # of a job, or of its last part where it was interrupted
 STATISTICS_BATCH = 64  # pairs
 
 
@@ -70,8 +72,11 @@ def run_job(job: Job, context: Context) -> str:
     target, scratch = context.folder(job.id), context.scratch(job.id)
     if not target.exists():
         scratch.mkdir(parents=True, exist_ok=True)
+        began, before = time.monotonic(), time.process_time()
         KINDS[job.kind](job, context, scratch)
         assert target.exists(), f"job {job.id} left no folder"
+        seconds = {"processor_seconds": time.process_time() - before, "wall_seconds": time.monotonic() - began}
+        write_json(target / COST, {key: round(value, 1) for key, value in seconds.items()})
     shutil.rmtree(scratch, ignore_errors=True)
     return job.id
 
@@ -123,20 +128,31 @@ def _statistics_batches(preset: Preset) -> list[dict[str, Tensor]]:
 def prepare_data(job: Job, context: Context, scratch: Path) -> None:
     """Draw into the cache what jobs read, so that no two of them draw the same.
 
-    All scenes, and of other kinds the splits that are fine-tuned and measured on.
+    All scenes, of other kinds the splits that are fine-tuned and measured on, and portraits where weights start there.
     """
     preset = context.preset
-    for kind in ("scenes", *{SCENE_KINDS.get(*TARGETS[target]) for target in preset.tasks} - {"scenes"}):
-        for split in preset.num_scenes if kind == "scenes" else ("finetune", "test"):
-            scenes.load(
-                split,
-                kind=kind,
-                num_scenes=preset.num_scenes[split],
-                random_seed=preset.data_seed,
-                image_size=preset.image_size,
-            )
+    wanted = dict.fromkeys(("scenes", split) for split in preset.num_scenes)
+    for target in preset.tasks:
+        kind = SCENE_KINDS.get(*TARGETS[target])
+        wanted |= {(kind, split): None for split in ("finetune", "test")}
+    if IMAGES in preset.initialisations:
+        wanted["portraits", "pretrain"] = None
+    for kind, split in wanted:
+        scenes.load(
+            split,
+            kind=kind,
+            num_scenes=preset.num_scenes[split],
+            random_seed=preset.data_seed,
+            image_size=preset.image_size,
+        )
     with atomic_folder(context.folder(job.id)) as folder:
         write_json(folder / STEPS, {"steps": 0})
+
+
+def measure(model: ModalMergeModel, task: str, data: TaskData, context: Context) -> list[Result]:
+    """Measure a model where its study trains; it lies on the CPU afterwards, where merging computes."""
+    with on_accelerator(model, context.preset.pretraining.accelerator):
+        return evaluate(model, task, data)
 
 
 # -- models -------------------------------------------------------------------------------------------------
@@ -185,6 +201,24 @@ def pretrain_model(job: Job, context: Context, scratch: Path) -> None:
     )
 
 
+def images_model(job: Job, context: Context, scratch: Path) -> None:
+    """Train fresh weights to name what portraits show: a stand-in for BEiT, whose weights the paper starts from.
+
+    The steps are none of pre-training's, as BEiT's are none of the paper's. Of the weights that the authors' code loads
+    the last stage was classification as well (of ImageNet-22k).
+    """
+    preset, task = context.preset, "classification"
+    fresh = initial_model(model_config(preset, "agnostic"), job.random_seed)
+    data = split_data(preset, "pretrain", task)
+    model = with_task_head(fresh, task, random_seed=job.random_seed, classes=data.classes)
+    settings = dataclasses.replace(preset.images, random_seed=_stage_seed(job, IMAGES))
+    curve = finetune(model, task, data, settings=settings, folder=scratch, report=note_progress(scratch))
+    trained = model.state_dict()
+    # the heads of pre-training stay fresh, and the classifier is left behind
+    tensors = {name: trained.get(name, tensor) for name, tensor in fresh.state_dict().items()}
+    leave(context, job, scratch, model=model_from(tensors, fresh.config), steps=0, cells=[], curve=curve, stage=IMAGES)
+
+
 def untrained_model(job: Job, context: Context, scratch: Path) -> None:
     """Keep and measure a model with fresh weights, on all tasks."""
     preset = context.preset
@@ -197,7 +231,7 @@ def untrained_model(job: Job, context: Context, scratch: Path) -> None:
         task, test = TARGETS[target].task, split_data(preset, "test", target)
         tried = with_task_head(model, task, random_seed=job.random_seed, classes=test.classes)
         chance = {"chance": TASKS[task].chance(test)}
-        results = evaluate(tried, task, test)
+        results = measure(tried, task, test, context)
         cells += cells_of(results, "untrained", job, context, tried, target=target, steps=0, settings=chance)
     leave(context, job, scratch, model=model, steps=0, cells=cells)
 
@@ -222,7 +256,10 @@ def merge_model(job: Job, context: Context, scratch: Path) -> None:
     start = None
     if job.arguments["start"] is not None:
         start = load_result(context, f"{job.random_seed}-{job.arguments['start']}")[0].state_dict()
-    base = start if "base" in takes(METHODS[row.method]) else None
+    base = None
+    if "base" in takes(METHODS[row.method]):
+        ancestor = job.arguments.get("base")
+        base = load_result(context, f"{job.random_seed}-{ancestor}")[0].state_dict() if ancestor else start
     distances = _distances(tensors, start)
     statistics = None
     if job.arguments.get("statistics") is not None:
@@ -235,7 +272,11 @@ def merge_model(job: Job, context: Context, scratch: Path) -> None:
     tried: list[tuple[float, Mapping[str, Any], ModalMergeModel]] = []
     cells: list[Cell] = []
     config = change_config(experts.config, experts=expert_map("agnostic", experts.config.num_hidden_layers))
-    for settings in candidates(row.method, preset):
+    fixed = {name: job.arguments[name] for name in ("use_experts",) if name in job.arguments}
+    choices = [{**settings, **fixed} for settings in candidates(row.method, preset)]
+    if "settings_of" in job.arguments:
+        choices = [{**chosen_settings(context, f"{job.random_seed}-{job.arguments['settings_of']}"), **fixed}]
+    for settings in choices:
         if procedure is not None:
             statistics = procedure(experts, batches, settings=settings, base=base)
         own = {key: value for key, value in settings.items() if key not in OWN_SETTINGS.get(row.method, ())}
@@ -243,15 +284,18 @@ def merge_model(job: Job, context: Context, scratch: Path) -> None:
             tensors, layout=layout, method=row.method, settings={**own, **drawn}, base=base, statistics=statistics
         )
         model = model_from(merged, config)
-        results = evaluate(model, "retrieval", validation)
+        if "settings_of" in job.arguments:  # made for tasks with a head: without one there is nothing to measure
+            leave(context, job, scratch, model=model, steps=steps, cells=[])
+            return
+        results = measure(model, "retrieval", validation, context)
         tried.append((results[0].value, settings, model))
         cells += cells_of(
             results[:1], name, job, context, model, steps=steps, settings=settings, split="validation",
             distances=distances,
         )  # fmt: skip
-    _, settings, model = max(tried, key=lambda entry: entry[0])
-    cells += _zero_shot(model, name, job, context, steps, settings, distances)
-    if name.startswith(SET):
+    _, chosen, model = max(tried, key=lambda entry: entry[0])
+    cells += _zero_shot(model, name, job, context, steps, chosen, distances)
+    if name.startswith(SET) and row.method == "interpolation":
         cells += _zero_shot(experts, f"{name}{UNMERGED}", job, context, steps, {})
     leave(context, job, scratch, model=model, steps=steps, cells=cells)
 
@@ -282,7 +326,7 @@ def keep_some(job: Job, context: Context, scratch: Path) -> None:
     kept = {"keep_by": record.recipe["keep_by"], "kept_fraction": record.kept["fraction"]}
     settings = {**settings, "keep_fraction": fraction, **kept}
     distances = measured_distances(context, f"{job.random_seed}-recipe-interpolation")
-    validated = evaluate(model, "retrieval", split_data(context.preset, "validation"))[:1]
+    validated = measure(model, "retrieval", split_data(context.preset, "validation"), context)[:1]
     cells = cells_of(
         validated, name, job, context, model, steps=steps, settings=settings, split="validation", distances=distances
     )
@@ -320,16 +364,18 @@ def finetune_model(job: Job, context: Context, scratch: Path) -> None:
     if name in HIDDEN:
         data, test = hide(data, HIDDEN[name]), hide(test, HIDDEN[name])
     model = with_task_head(start, task, random_seed=job.random_seed, classes=data.classes)
-    settings = dataclasses.replace(preset.finetuning[target], random_seed=_stage_seed(job, target))
+    settings = preset.finetuning[target]
+    steps = max(1, round(job.arguments.get("about", {}).get("length", 1.0) * settings.num_steps))
+    settings = dataclasses.replace(settings, num_steps=steps, random_seed=_stage_seed(job, target))
     curve = finetune(model, task, data, settings=settings, folder=scratch, report=note_progress(scratch))
     steps = before + settings.num_steps
-    results = evaluate(model, task, test)
+    results = measure(model, task, test, context)
     distances = measured_distances(context, f"{job.random_seed}-{job.arguments['start']}")
     about: dict[str, Any] = dict(target=target, steps=steps, stage="fine-tuned", distances=distances)
     cells = cells_of(results, name, job, context, model, **about)
     if "merged" in job.arguments:
         merged = _merge_as(model, chosen_settings(context, f"{job.random_seed}-{job.arguments['merged']}"))
-        cells += cells_of(evaluate(merged, task, test), MERGED_AFTER, job, context, merged, **about)
+        cells += cells_of(measure(merged, task, test, context), MERGED_AFTER, job, context, merged, **about)
     shown = None
     if name in ROWS and name not in HIDDEN and job.random_seed == preset.random_seeds[0]:
         shown = predictions_of(model, name, target, job, test, preset.num_predictions)
@@ -350,16 +396,17 @@ def measure_alone(job: Job, context: Context, scratch: Path) -> None:
     words = masked_accuracy(model, split_data(preset, "test"), scenes_tokenizer(), random_seed=preset.data_seed)
     cells = cells_of(words, name, job, context, model, task="masked_language", steps=steps)
     if name == EXPERTS:
-        results = evaluate(model, "retrieval", split_data(preset, "test"))
+        results = measure(model, "retrieval", split_data(preset, "test"), context)
         cells += cells_of(results, name, job, context, model, steps=steps)
     if "postcards" in preset.tasks and name != "untrained":  # of which that is measured already
-        results = evaluate(model, "retrieval", split_data(preset, "test", "postcards"))
+        results = measure(model, "retrieval", split_data(preset, "test", "postcards"), context)
         cells += cells_of(results, name, job, context, model, target="postcards", steps=steps)
     leave(context, job, scratch, steps=steps, cells=cells)
 
 
 KINDS: dict[str, Callable[[Job, Context, Path], None]] = {
     "data": prepare_data,
+    "images": images_model,
     "pretrain": pretrain_model,
     "untrained": untrained_model,
     "statistics": leave_statistics,
@@ -386,11 +433,11 @@ def _zero_shot(
 ) -> list[Cell]:
     """Measure retrieval without fine-tuning; for the baseline also with one side hidden, as controls."""
     test = split_data(context.preset, "test")
-    results = evaluate(model, "retrieval", test)
+    results = measure(model, "retrieval", test, context)
     cells = cells_of(results, name, job, context, model, steps=steps, settings=settings, distances=distances)
     if name == "agnostic":
         for control, hidden in HIDDEN.items():
-            results = evaluate(model, "retrieval", hide(test, hidden))
+            results = measure(model, "retrieval", hide(test, hidden), context)
             cells += cells_of(results, control, job, context, model, steps=steps)
     return cells
 
@@ -415,6 +462,7 @@ def _stage_seed(job: Job, stage: str) -> int:
     """Give every stage of a repetition batches of its own, by name, so that no stage repeats another's."""
     stages = ["seed", "agnostic", "experts", "specific", "retrieval", "vqa", "healing", "continued"]
     stages += [target for target in TARGETS if target not in stages]
+    stages.append(IMAGES)
     if stage == UNSEEDED:  # the same batches: only the start differs
         stage = "specific"
     elif stage not in stages:  # seeds and experts of further expert sets see those of the recipe's

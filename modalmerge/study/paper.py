@@ -410,7 +410,7 @@ def _cells(
     row = describe(stage.model)
     model = load_model_folder(run / "stages" / stage.id / MODEL)
     seed, experts = study.recipes["seed"].training, study.recipes["experts"].training
-    seeded = row.initialisation == "seed"
+    seeded = row.has_seed
     tuned = "fine-tuned" if stage.kind == "finetune" else "zero-shot"
     settings = dict(study.methods.get(row.method, {}))
     if row.control:
@@ -421,7 +421,7 @@ def _cells(
             role=row.role,
             stage=tuned,
             random_seed=study.random_seed,
-            initialisation="seed" if seeded else "BEiT",
+            initialisation="BEiT",
             base_fraction=seed.num_steps / (seed.num_steps + experts.num_steps) if seeded else 0.0,
             architecture=architecture_name(model.config.experts),
             method=row.method,

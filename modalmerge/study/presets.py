@@ -35,7 +35,7 @@ _MODEL_FIELDS = {
 Settings = TypeVar("Settings")  # a preset, a recipe
 
 BASIC_METHODS = ("interpolation", "arithmetic")  # in every study
-ALL = "all"  # in `methods`, `repairs` or `tasks`: every one that there is
+ALL = "all"  # in `methods`, `repairs`, `variants` or `tasks`: every one that there is
 # what is done about naive merging, and to the recipe beside it, -> what is told of it
 REPAIRS = {
     "aligned": "naive merging of experts that share no start, as they are and after their units were put in one order",
@@ -43,9 +43,22 @@ REPAIRS = {
     "continued": "naive merging, then pre-trained further at equal cost",
     "recipe-healed": "the recipe, distilled from its experts in the same way",
 }
+# other ways to merge the same experts by the paper's own mechanisms -> what is told of them
+VARIANTS = {
+    "naive-arithmetic": "naive merging by arithmetic: changes since the fresh weights that the experts share",
+    "ancestor": "the recipe by arithmetic, with changes taken from an ancestor of the seed: its fresh weights",
+    "used": "the recipe by interpolation, in the fusion layers of those experts alone that the task uses",
+}
+# what the very first weights are -> what is told of it
+INITIALISATIONS = {
+    "random": "fresh weights",
+    "images": "a stand-in for BEiT: fresh weights that were trained to name what portraits show",
+}
+GRIDS = ("star", "cross")
 # a study that is gone on with may have more of these
 GROWING = (
-    "random_seeds", "methods", "repairs", "keep_fractions", "architectures", "seed_fractions", "rate_factors", "tasks",
+    "random_seeds", "methods", "repairs", "variants", "keep_fractions", "architectures", "seed_fractions",
+    "rate_factors", "initialisations", "set_methods", "finetuned", "finetuning_lengths", "length_tasks", "tasks",
 )  # fmt: skip
 
 
@@ -81,6 +94,18 @@ class Preset:
             with itself unmerged: what is per modality; share of the steps spent on the seed, in [0, 1), 0 for experts
             without one; factor on the learning rate of the experts. Where some name values, the recipe's stand for
             those that do not; where none does, there are no such sets.
+        initialisations: what expert sets' first weights are, keys of `INITIALISATIONS`; another than `random` alone
+            adds expert sets too. The models of every study start from fresh weights.
+        images: of the first weights of `images`, on portraits, by classification.
+        grid: `cross` for every combination, or `star`: each value beside the recipe's others alone. Each initialisation
+            has the recipe's share of the seed and none in a star.
+        set_methods: merge methods for expert sets, interpolation among them.
+        variants: keys of `VARIANTS`, zero-shot; `all` stands for every one.
+        finetuned: which of the methods, repairs and variants are fine-tuned on the tasks as well.
+        finetuning_lengths: factors on the steps of fine-tuning, for curves; 1 is measured anyway.
+        length_tasks: what those are for, among `tasks`.
+        keeps_weights: whether finished jobs keep their models; else they go once no unfinished job needs them.
+        gpus_per_job: how much of a GPU each job asks of a cluster for, in [0, 1]; 0 on CPUs.
         tasks: what the models are fine-tuned and measured on, keys of `finetuning`; `all` stands for every one. With
             more than one for each modality there is a forgetting sheet.
     """
@@ -112,6 +137,16 @@ class Preset:
     architectures: tuple[str, ...] = ()
     seed_fractions: tuple[float, ...] = ()
     rate_factors: tuple[float, ...] = ()
+    initialisations: tuple[str, ...] = ("random",)
+    images: TrainSettings = TrainSettings(num_steps=300, batch_size=64, learning_rate=2e-3, accelerator="cpu")
+    grid: str = "cross"
+    set_methods: tuple[str, ...] = ("interpolation",)
+    variants: tuple[str, ...] = ()
+    finetuned: tuple[str, ...] = ()
+    finetuning_lengths: tuple[float, ...] = ()
+    length_tasks: tuple[str, ...] = BASIC_TARGETS
+    keeps_weights: bool = True
+    gpus_per_job: float = 0.0
     tasks: tuple[str, ...] = BASIC_TARGETS
 
     def __post_init__(self) -> None:
@@ -153,6 +188,7 @@ class Preset:
         lists = (
             ("methods", further, "further merge method"),
             ("repairs", tuple(REPAIRS), "repair"),
+            ("variants", tuple(VARIANTS), "variant"),
             ("tasks", tuple(self.finetuning), "task of finetuning"),
         )
         for name, known, kind in lists:
@@ -166,9 +202,25 @@ class Preset:
                 if item not in known:
                     raise unknown(item, (*known, ALL), kind)
             _check_distinct(name, chosen)
+        added = (*self.methods, *self.repairs, *self.variants)
+        for name in self.finetuned:
+            if name not in added:
+                raise ValueError(
+                    f"finetuned: {name!r} is none of the study's methods, repairs and variants "
+                    f"({', '.join(added) or 'there are none'}); add it there too"
+                )
+        _check_distinct("finetuned", self.finetuned)
         _check_distinct("keep_fractions", self.keep_fractions)
         if not all(0 < fraction <= 1 for fraction in self.keep_fractions):
             raise ValueError(f"keep_fractions must be in (0, 1], got {list(self.keep_fractions)}")
+        _check_distinct("finetuning_lengths", self.finetuning_lengths)
+        if not all(0 < length < math.inf and length != 1 for length in self.finetuning_lengths):
+            raise ValueError(
+                f"finetuning_lengths must be positive and not 1, which is measured anyway; got "
+                f"{list(self.finetuning_lengths)}"
+            )
+        if not 0 <= self.gpus_per_job <= 1:
+            raise ValueError(f"gpus_per_job must be in [0, 1], got {self.gpus_per_job}")
         if self.continued_steps < 1:
             raise ValueError(f"continued_steps must be at least 1, got {self.continued_steps}")
         if self.statistics_samples < 2:
@@ -180,6 +232,19 @@ class Preset:
             _check_distinct(name, getattr(self, name))
         for architecture in self.architectures:
             find(ARCHITECTURES, architecture, "architecture")
+        find(dict.fromkeys(GRIDS), self.grid, "grid")
+        _check_distinct("initialisations", self.initialisations)
+        for initialisation in self.initialisations:
+            find(INITIALISATIONS, initialisation, "initialisation")
+        if not self.initialisations:
+            raise ValueError("initialisations must name at least one, got none")
+        _check_distinct("set_methods", self.set_methods)
+        for method in self.set_methods:
+            find(METHODS, method, "merge method")
+        if "interpolation" not in self.set_methods:
+            raise ValueError(
+                f"set_methods must hold interpolation, which others are compared with; got {list(self.set_methods)}"
+            )
         total = self.pretraining.num_steps
         for fraction in self.seed_fractions:
             if not (fraction == 0 or (0 < fraction < 1 and 0 < round(fraction * total) < total)):
@@ -208,16 +273,25 @@ class Preset:
     @property
     def expert_sets(self) -> tuple["ExpertSet", ...]:
         """The expert sets that are merged and compared with themselves unmerged."""
-        if not (self.architectures or self.seed_fractions or self.rate_factors):
+        if not (self.architectures or self.seed_fractions or self.rate_factors or self.initialisations != ("random",)):
             return ()
-        axes = itertools.product(
-            self.architectures or (self.architecture,),
-            self.seed_fractions or (self.seed_fraction,),
-            self.rate_factors or (self.experts_rate_factor,),
+        own = ("random", self.architecture, self.seed_fraction, self.experts_rate_factor)  # the recipe's
+        axes: tuple[tuple[Any, ...], ...] = (
+            self.initialisations,
+            self.architectures or own[1:2],
+            self.seed_fractions or own[2:3],
+            self.rate_factors or own[3:],
         )
+        if self.grid == "cross":
+            chosen: list[tuple[Any, ...]] = list(itertools.product(*axes))
+        else:
+            chosen = [own]
+            for axis, values in enumerate(axes):
+                chosen += [(*own[:axis], value, *own[axis + 1 :]) for value in values]
+            chosen += [(initialisation, own[1], 0.0, own[3]) for initialisation in self.initialisations]
         return tuple(
-            ExpertSet(architecture=architecture, seed_fraction=fraction, rate_factor=factor)
-            for architecture, fraction, factor in axes
+            ExpertSet(initialisation=first, architecture=architecture, seed_fraction=fraction, rate_factor=factor)
+            for first, architecture, fraction, factor in dict.fromkeys(chosen)
         )
 
 
@@ -229,21 +303,48 @@ class ExpertSet:
         architecture: what is per modality, a key of `ARCHITECTURES`.
         seed_fraction: share of the steps spent on the seed; 0 without one.
         rate_factor: factor on the learning rate of the experts.
+        initialisation: what the first weights are, a key of `INITIALISATIONS`.
     """
 
     architecture: str
     seed_fraction: float
     rate_factor: float
+    initialisation: str = "random"
 
     @property
     def name(self) -> str:
-        """Short name, such as `attention-0.25-1`."""
-        return f"{self.architecture}-{self.seed_fraction:g}-{self.rate_factor:g}"
+        """Short name, such as `attention-0.25-1`, or `images-attention-0.25-1`."""
+        name = f"{self.architecture}-{self.seed_fraction:g}-{self.rate_factor:g}"
+        return name if self.initialisation == "random" else f"{self.initialisation}-{name}"
 
 
 def _check_distinct(name: str, values: tuple[Any, ...]) -> None:
     if len(set(values)) < len(values):
         raise ValueError(f"{name} must be distinct, got {list(values)}")
+
+
+def _finetuning(accelerator: str) -> dict[str, TrainSettings]:
+    """Return how models are fine-tuned on the embedded world."""
+
+    def settings(num_steps: int, batch_size: int, learning_rate: float, head_rate_factor: float = 1.0) -> TrainSettings:
+        return TrainSettings(
+            num_steps=num_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            head_rate_factor=head_rate_factor,
+            accelerator=accelerator,
+        )
+
+    return {
+        "retrieval": settings(200, 64, 5e-4),
+        # At a learning rate of 2.5e-3 fine-tuning forgets: the baseline ends at 52 %, as if it were untrained.
+        "vqa": settings(520, 32, 5e-4, 10.0),
+        # A higher rate than for questions: at 5e-4 400 steps leave it at chance.
+        "nlvr2": settings(300, 64, 1e-3, 10.0),
+        "postcards": settings(60, 64, 5e-4),
+        "segmentation": settings(120, 32, 1e-3, 5.0),
+        "classification": settings(60, 64, 1e-3, 10.0),
+    }
 
 
 def tiny() -> Preset:
@@ -266,31 +367,66 @@ def tiny() -> Preset:
         seed_fraction=0.5,
         pretraining=TrainSettings(num_steps=900, batch_size=64, learning_rate=3.5e-3, accelerator="cpu"),
         experts_rate_factor=1.0,
-        finetuning={
-            "retrieval": TrainSettings(num_steps=200, batch_size=64, learning_rate=5e-4, accelerator="cpu"),
-            # At a learning rate of 2.5e-3 fine-tuning forgets: the baseline ends at 52 %, as if it were untrained.
-            "vqa": TrainSettings(
-                num_steps=520, batch_size=32, learning_rate=5e-4, head_rate_factor=10.0, accelerator="cpu"
-            ),
-            # A higher rate than for questions: at 5e-4 400 steps leave it at chance.
-            "nlvr2": TrainSettings(
-                num_steps=300, batch_size=64, learning_rate=1e-3, head_rate_factor=10.0, accelerator="cpu"
-            ),
-            "postcards": TrainSettings(num_steps=60, batch_size=64, learning_rate=5e-4, accelerator="cpu"),
-            "segmentation": TrainSettings(
-                num_steps=120, batch_size=32, learning_rate=1e-3, head_rate_factor=5.0, accelerator="cpu"
-            ),
-            "classification": TrainSettings(
-                num_steps=60, batch_size=64, learning_rate=1e-3, head_rate_factor=10.0, accelerator="cpu"
-            ),
-        },
+        finetuning=_finetuning("cpu"),
         ratios=(0.3, 0.4, 0.5, 0.6, 0.7),
         scales=(0.3, 0.4, 0.5, 0.75, 1.0),
         num_predictions=8,
     )
 
 
-PRESETS = {"tiny": tiny}
+def small() -> Preset:
+    """A study for one GPU: eight layers of width 256 at 96 pixels, zero-shot on the full cross, in pieces.
+
+    Command: `modalmerge study small --workers ray` (or `--workers 4`), or a piece on any machine, in any order:
+    `modalmerge study small --piece 3/images -o runs/small-3-images`, then `modalmerge gather`.
+    Time: a piece (one random seed, one initialisation) is 7,500 steps of pre-training (images: 6,900), made to end
+    within 8 minutes with four jobs on one GPU; no GPU could be had to measure that, nor what to expect of it.
+    The geometry of `tiny` is kept: patches of a third of the image.
+    """
+
+    def training(num_steps: int, learning_rate: float) -> TrainSettings:
+        return TrainSettings(num_steps=num_steps, batch_size=256, learning_rate=learning_rate, accelerator="auto")
+
+    return Preset(
+        name="small",
+        size="nano",
+        architecture="specific",
+        random_seeds=(0, 1, 2, 3, 4),
+        data_seed=0,
+        image_size=96,
+        max_text_length=24,
+        num_scenes={"pretrain": 40000, "finetune": 8000, "validation": 1000, "test": 1000},
+        seed_fraction=0.5,
+        pretraining=training(600, 2e-3),
+        experts_rate_factor=1.0,
+        finetuning=_finetuning("auto"),
+        ratios=(0.3, 0.4, 0.5, 0.6, 0.7),
+        scales=(0.3, 0.4, 0.5, 0.75, 1.0),
+        num_predictions=8,
+        model={
+            "hidden_size": 256,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "fusion_start": 6,
+            "patch_size": 32,
+            "initializer_range": 0.06,
+        },
+        methods=(ALL,),
+        variants=(ALL,),
+        finetuned=("regmean",),
+        healing=training(60, 2e-3),
+        images=training(200, 1e-3),
+        architectures=("specific", "attention", "ffn", "norms"),
+        seed_fractions=(0.0, 0.25, 0.5, 0.75),
+        initialisations=tuple(INITIALISATIONS),
+        set_methods=("interpolation", "arithmetic", "regmean"),
+        tasks=("retrieval", "vqa", "nlvr2", "postcards", "segmentation"),
+        keeps_weights=False,
+        gpus_per_job=0.25,
+    )
+
+
+PRESETS = {"tiny": tiny, "small": small}
 
 
 def load_preset(name: str) -> Preset:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from modalmerge.data.prepare.manifest import MANIFEST, Prepared
 from modalmerge.data.streaming import ShardSplit, open_set, set_in_shards
 from modalmerge.data.transforms import InputSettings
 from modalmerge.data.views import on_device
-from modalmerge.evaluate import evaluate
+from modalmerge.evaluate import accelerator_for, evaluate, on_accelerator
 from modalmerge.model import (
     ModalMergeConfig,
     ModalMergeModel,
@@ -94,7 +93,7 @@ class Outlook:
             ValueError: something is missing; the message lists it.
         """
         missing, training = self.missing, self.recipe.training
-        if training.precision == "16-mixed" and _accelerator(training.accelerator) is None:
+        if training.precision == "16-mixed" and accelerator_for(training.accelerator) is None:
             missing += (
                 "an accelerator: there is no 16-mixed on a CPU; --set training.precision=bf16-mixed or 32-true",
             )
@@ -416,24 +415,6 @@ def load_start(source: Path, tokenizer: str | None) -> tuple[ModalMergeModel, Pr
     if len(words) != model.config.vocab_size:
         raise ValueError(f"{source} has {model.config.vocab_size} words, tokenizer {tokenizer} has {len(words)}")
     return model, words
-
-
-@contextmanager
-def on_accelerator(model: ModalMergeModel, accelerator: str = "auto") -> Iterator[None]:
-    """Have a model on the accelerator for a while, if there is one and "cpu" is not asked for."""
-    found: Any = _accelerator(accelerator)  # transformers' `to` is not typed for a device
-    if found is None:
-        yield
-        return
-    try:
-        model.to(found)
-        yield
-    finally:
-        model.cpu()
-
-
-def _accelerator(wanted: str) -> torch.device | None:
-    return torch.accelerator.current_accelerator(check_available=True) if wanted != "cpu" else None
 
 
 def _asked(outlook: Outlook, tokenizer: str | None) -> dict[str, Any]:

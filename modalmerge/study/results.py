@@ -38,8 +38,9 @@ def cells_of(
     """Make cells of results on a target, or on a task that is none of the targets' but reads the same data."""
     row, about = describe(name), job.arguments.get("about", {})
     where = task or target  # tells cells apart
-    base_fraction = about.get("seed_fraction", context.preset.seed_fraction if row.initialisation == "seed" else 0.0)
-    what = {key: value for key, value in (("control", row.control), ("repair", row.repair)) if value}
+    base_fraction = about.get("seed_fraction", context.preset.seed_fraction if row.has_seed else 0.0)
+    named = (("control", row.control), ("repair", row.repair), ("variant", row.variant))
+    what = {key: value for key, value in named if value}
     settings = {**what, **about, **(settings or {})}
     chosen = "".join(f"/{key}={value}" for key, value in settings.items()) if split == "validation" else ""
     return [
@@ -49,7 +50,7 @@ def cells_of(
             role=row.role,
             stage=stage,
             random_seed=job.random_seed,
-            initialisation="seed" if base_fraction else row.initialisation,
+            initialisation=job.initialisation,
             base_fraction=base_fraction,
             architecture=architecture_name(model.config.experts),
             method=row.method,
