@@ -255,7 +255,14 @@ def test_settings_written_down_before_some_existed_are_no_difference():
     there = to_dict(preset)
     del there["tasks"], there["finetuning"]["nlvr2"]
     for settings in (there["pretraining"], there["healing"], *there["finetuning"].values()):
-        del settings["warmup_steps"], settings["layer_decay"]
+        del settings["warmup_steps"], settings["micro_batch_size"]
     assert what_differs(there, preset) == []
     there["pretraining"]["num_steps"] = 7
     assert what_differs(there, preset) == ["pretraining.num_steps: there 7, now 900"]
+
+
+def test_what_is_fine_tuned_may_grow_with_the_methods_it_names():
+    there = to_dict(load_preset("tiny"))
+    del there["finetuned"], there["variants"]
+    grown = apply_changes(load_preset("tiny"), {"methods": "ties", "finetuned": "ties"})
+    assert what_differs(there, grown, growing=("methods", "finetuned")) == []

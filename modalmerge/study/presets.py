@@ -520,7 +520,7 @@ def what_differs(there: Mapping[str, Any], now: Preset, *, growing: tuple[str, .
     Returns:
         One text per value that differs, such as "pretraining.num_steps: there 4, now 5".
     """
-    values = to_dict(now)
+    values, written = to_dict(now), there
     later = {f.name: values[f.name] for f in dataclasses.fields(now) if f.default is not dataclasses.MISSING}
     there = {**later, **there}
     if isinstance(there.get("finetuning"), Mapping):  # settings of tasks that it did not know are no difference
@@ -531,7 +531,9 @@ def what_differs(there: Mapping[str, Any], now: Preset, *, growing: tuple[str, .
     # an empty list of expert sets' settings stands for the recipe's, which a longer one need not hold
     sets = {expert_set.name for expert_set in now.expert_sets}
     lost = [
-        expert_set.name for expert_set in from_dict(deciding_settings(there)).expert_sets if expert_set.name not in sets
+        expert_set.name
+        for expert_set in from_dict(deciding_settings(written)).expert_sets
+        if expert_set.name not in sets
     ]
     return [f"expert sets: there {', '.join(lost)} too"] if lost else []
 
