@@ -266,3 +266,12 @@ def test_what_is_fine_tuned_may_grow_with_the_methods_it_names():
     del there["finetuned"], there["variants"]
     grown = apply_changes(load_preset("tiny"), {"methods": "ties", "finetuned": "ties"})
     assert what_differs(there, grown, growing=("methods", "finetuned")) == []
+
+
+def test_a_grid_may_change_as_long_as_it_keeps_the_expert_sets():
+    axes = {"architectures": "specific,ffn", "seed_fractions": "[0, 0.5]"}
+    star, cross = (apply_changes(load_preset("tiny"), {**axes, "grid": grid}) for grid in ("star", "cross"))
+    growing = ("architectures", "seed_fractions")
+    assert what_differs(to_dict(star), cross, growing=growing) == []
+    assert what_differs(to_dict(load_preset("tiny")), star, growing=growing) == []
+    assert what_differs(to_dict(cross), star, growing=growing) == ["expert sets: there ffn-0-1 too"]

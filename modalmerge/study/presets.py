@@ -526,6 +526,8 @@ def what_differs(there: Mapping[str, Any], now: Preset, *, growing: tuple[str, .
     if isinstance(there.get("finetuning"), Mapping):  # settings of tasks that it did not know are no difference
         there["finetuning"] = {**values["finetuning"], **there["finetuning"]}
     grown = {name: values[name] for name in growing if set(there.get(name, ())) <= set(values[name])}
+    if growing:
+        grown["grid"] = values["grid"]  # it says which expert sets there are; those that are lost are told below
     if differing := differences({**there, **grown}, values):
         return differing
     # an empty list of expert sets' settings stands for the recipe's, which a longer one need not hold
