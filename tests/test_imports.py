@@ -113,6 +113,8 @@ def test_heavy_packages_stay_where_they_belong(module):
         assert set(packages) - {"modalmerge"} <= set(sys.stdlib_module_names)
     if part_of(module) != "train":
         assert not set(packages) & {"lightning", "pytorch_lightning"}, "only train imports lightning"
+    if rays := [top for name, top in imports_of(module) if name.split(".")[0] == "ray"]:
+        assert module == "modalmerge.study.workers" and not any(rays), "an extra, imported where it is asked for"
     if part_of(module) == "report":
         assert "torch" not in packages
     if module in LAZY:

@@ -39,7 +39,7 @@ def run_some(run, preset, wanted):
     for job in plan(preset):
         if wanted(job):
             run_job(job, context)
-            cells += [Cell(**values) for values in driver_module._job_cells(context.folder(job.id))]
+            cells += [Cell(**values) for values in driver_module.job_cells(context.folder(job.id))]
     assert len({cell.id for cell in cells}) == len(cells)
     return {cell.id: cell for cell in cells}
 

@@ -77,7 +77,7 @@ def study(tmp_path_factory):
         for job in jobs.values():
             if job.id in wanted:
                 run_job(job, context)
-                cells += [Cell(**values) for values in driver_module._job_cells(context.folder(job.id))]
+                cells += [Cell(**values) for values in driver_module.job_cells(context.folder(job.id))]
         assert len({cell.id for cell in cells}) == len(cells)
         yield run, preset, cells
 

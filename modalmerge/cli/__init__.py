@@ -5,7 +5,18 @@ import os
 import signal
 import sys
 
-from modalmerge.cli import benchmarks, checkpoints, data, distances, probes, procedures, statistics, tables, training
+from modalmerge.cli import (
+    benchmarks,
+    checkpoints,
+    data,
+    distances,
+    gathering,
+    probes,
+    procedures,
+    statistics,
+    tables,
+    training,
+)
 from modalmerge.cli.app import app
 from modalmerge.cli.processes import is_started
 
@@ -15,6 +26,7 @@ __all__ = [
     "checkpoints",
     "data",
     "distances",
+    "gathering",
     "main",
     "probes",
     "procedures",

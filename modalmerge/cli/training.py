@@ -1,7 +1,9 @@
 """Commands that train and measure: the study, and its stages one by one."""
 
 import dataclasses
+import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,8 @@ Init = Annotated[Path | None, typer.Option(help="BEiT's weights, which public pr
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, its cost and what is missing; run nothing.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the run.")]
 EMBEDDED = ("scenes", "postcards")
+# options of `study` that decide no number -> whether a word follows
+NOT_DECIDING = {"--output": True, "-o": True, "--workers": True, "--budget": True, "--piece": True, "--json": False}
 
 
 # -- the study ----------------------------------------------------------------------------------------------
@@ -30,7 +34,14 @@ def study(
         Path | None, typer.Option("-o", "--output", help="Folder of the run; runs/PRESET by default.")
     ] = None,
     changes: Changes = None,
-    workers: Annotated[int | None, typer.Option(help="Processes at a time, one thread each; 2 by default.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(metavar="N|ray", help="Processes at a time, one thread each (2 by default), or ray: a cluster's."),
+    ] = None,
+    piece: Annotated[
+        list[str] | None,
+        typer.Option("--piece", metavar="SEED/INITIALISATION", help="Run this part alone; may be repeated."),
+    ] = None,
     budget: Annotated[float | None, typer.Option(help="Start nothing new after so many minutes.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of prepared public sets, for preset paper.")] = None,
     init: Init = None,
@@ -51,6 +62,8 @@ def study(
             raise ValueError(
                 "--workers: preset paper runs one stage at a time; set those that load data in its recipes"
             )
+        if piece:
+            raise ValueError("--piece: preset paper has no pieces; leave it out")
         run, where = output or Path("runs/paper"), {"data": data, "init": init, "tokenizer": tokenizer}
         if dry_run:
             _show_paper(run, changes, where, as_json)
@@ -68,23 +81,26 @@ def study(
     if data or init or tokenizer:
         raise ValueError(f"--data, --init and --tokenizer are for preset paper; {preset} is about the embedded world")
     from modalmerge.study.presets import to_dict
+    from modalmerge.study.workers import read_workers
 
-    resolved = resolve_preset(preset, changes)
+    resolved, chosen_workers = resolve_preset(preset, changes), read_workers(2 if workers is None else workers)
     run = output or Path("runs") / resolved.name
     if dry_run:
+        from modalmerge.study.driver import asked_jobs
         from modalmerge.study.jobs import model_config
-        from modalmerge.study.plan import plan
 
         model_config(resolved, resolved.architecture)  # refuses what the run would refuse
-        jobs = [{"id": job.id, "kind": job.kind, "needs": list(job.needs)} for job in plan(resolved)]
+        asked = asked_jobs(resolved, piece or ())
+        jobs = [{"id": job.id, "kind": job.kind, "needs": list(job.needs)} for job in asked]
         shown = {"preset": to_dict(resolved), "jobs": jobs, "output": str(run)}
         print_json(shown) if as_json else print_yaml(shown)
         return
     from modalmerge.report import summarise
     from modalmerge.study.driver import run_study
 
-    num_workers = 2 if workers is None else workers
-    outcome = run_study(resolved, run, command=command_line(), workers=num_workers, budget_minutes=budget)
+    command = deciding_command(sys.argv[1:])
+    only = tuple(piece or ())
+    outcome = run_study(resolved, run, command=command, workers=chosen_workers, budget_minutes=budget, only=only)
     summary = summarise(
         outcome.cells,
         random_seeds=resolved.random_seeds,
@@ -93,15 +109,46 @@ def study(
         keep_fractions=resolved.keep_fractions,
         expert_sets=[expert_set.name for expert_set in resolved.expert_sets],
         tasks=resolved.tasks,
+        variants=resolved.variants,
+        finetuned=resolved.finetuned,
+        finetuning_lengths=resolved.finetuning_lengths,
+        length_tasks=resolved.length_tasks,
+        initialisations=resolved.initialisations,
     )
     done = (outcome.num_finished, outcome.num_jobs)
-    _answer_study(run, to_dict(resolved), summary, *done, as_json, seconds=round(outcome.seconds, 1))
+    seconds = round(outcome.seconds, 1)
+    _answer_study(run, to_dict(resolved), summary, *done, as_json, pieces=outcome.pieces, seconds=seconds)
+
+
+def deciding_command(words: Sequence[str]) -> str:
+    """Write a command line of `study` without what decides no number, so that equal studies have equal cells.
+
+    Args:
+        words: behind `modalmerge`.
+    """
+    kept, rest = ["modalmerge"], iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if word.startswith("-o"):  # its value may follow at once
+            name, equals = "-o", word[2:]
+        if name not in NOT_DECIDING:
+            kept.append(word)
+        elif NOT_DECIDING[name] and not equals:
+            next(rest, None)
+    return shlex.join(kept)
 
 
 def _answer_study(
-    run: Path, preset: dict[str, Any], summary: Any, num_finished: int, num_jobs: int, as_json: bool, **further: Any
+    run: Path,
+    preset: dict[str, Any],
+    summary: Any,
+    num_finished: int,
+    num_jobs: int,
+    as_json: bool,
+    pieces: Mapping[str, tuple[int, int]] | None = None,
+    **further: Any,
 ) -> None:
-    """Write the page of a study, and show what it found."""
+    """Write the page of a study, and show what it found, and how much of the pieces that were asked for is done."""
     from rich.console import Console
 
     from modalmerge.report import table, write_report
@@ -115,13 +162,17 @@ def _answer_study(
                 "cells": summary.num_cells,
                 "summary": dataclasses.asdict(summary),
                 "jobs": {"finished": num_finished, "of": num_jobs},
+                "pieces": {piece: {"finished": done, "of": of} for piece, (done, of) in (pieces or {}).items()},
                 "report": str(report_path),
                 **further,
             }
         )
         return
     Console(width=None if sys.stdout.isatty() else 110).print(table(summary))
-    if num_finished < num_jobs:
+    if pieces:
+        parts = [f"{done} of {of} of piece {piece}" for piece, (done, of) in pieces.items()]
+        print(f"jobs finished: {', '.join([*parts, f'{num_finished} of {num_jobs} of the study'])}")
+    elif num_finished < num_jobs:
         print(f"{num_jobs - num_finished} of {num_jobs} jobs are left; the same command goes on with them")
     print(f"{summary.num_cells} cells in {run / 'cells.jsonl'}, page in {report_path}")
 

@@ -1,37 +1,33 @@
 """Run a study: start what is ready, keep what is finished, write the cells, go on after a kill."""
 
-import concurrent.futures
 import dataclasses
 import fcntl
+import itertools
 import json
-import math
-import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from modalmerge import __version__
 from modalmerge.checkpoint import atomic_file
-from modalmerge.data.prepare.processes import end_with_parent
 from modalmerge.records import Cell, append_line, read_lines
-from modalmerge.study.folders import CELLS, PROGRESS, Context
-from modalmerge.study.jobs import model_config, run_job
-from modalmerge.study.plan import Job, plan
+from modalmerge.registry import find
+from modalmerge.study.display import Display
+from modalmerge.study.folders import CELLS, Context
+from modalmerge.study.jobs import model_config
+from modalmerge.study.plan import LEAVES_WEIGHTS, Job, of_piece, pieces, plan
 from modalmerge.study.presets import GROWING, Preset, to_dict, what_differs
+from modalmerge.study.removal import is_removed, remove_weights
+from modalmerge.study.version import code_version
+from modalmerge.study.workers import open_workers, read_workers
 
 CELLS_FILE, PRESET_FILE, LOCK_FILE = "cells.jsonl", "preset.json", ".lock"
-LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
+HOW_IT_RUNS = ("keeps_weights", "gpus_per_job")  # what of a preset decides no number, so that it may change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +38,14 @@ class Outcome:
         cells: all cells of the run, in the order of the plan.
         num_jobs: of the study.
         num_finished: how many of them are done, earlier runs included.
+        pieces: each piece that was asked for, to how many of its jobs are done, and how many it has.
         seconds: wall time of this call.
     """
 
     cells: list[Cell]
     num_jobs: int
     num_finished: int
+    pieces: Mapping[str, tuple[int, int]]
     seconds: float
 
 
@@ -56,28 +54,31 @@ def run_study(
     run: Path,
     *,
     command: str,
-    workers: int = 2,
+    workers: int | str = 2,
     budget_minutes: float | None = None,
+    only: Sequence[str] = (),
     console: Console | None = None,
 ) -> Outcome:
     """Run all jobs of a study that are not finished in `run`.
 
-    Every job runs with one thread, so that its numbers do not depend on how many run side by side.
+    Every job runs with one thread, so that its numbers do not depend on how many run side by side, nor on where.
 
     Args:
         run: folder; made if missing. One left by the same preset is gone on with.
         command: stored in the cells.
-        workers: processes at a time.
+        workers: processes at a time, or "ray" for the workers of a Ray cluster.
         budget_minutes: no job is started after so long; None: no limit.
+        only: pieces of the study to run, such as "0/random"; empty: all of it.
         console: where progress is shown; standard error by default.
 
     Raises:
-        ValueError: `run` holds another study, or another process works on it; what a job raises.
-        ChildProcessError: a worker was killed.
+        ValueError: `run` holds another study, or another process works on it; there is no such piece, or no Ray
+            cluster that can run jobs; what a job raises.
+        ChildProcessError: a worker was killed in the same job again and again.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    workers = read_workers(workers)
     model_config(preset, preset.architecture)  # refuses settings that do not fit each other before anything is made
+    jobs, asked = plan(preset), asked_jobs(preset, only)
     console = console or Console(stderr=True)
     run.mkdir(parents=True, exist_ok=True)
     with _lock(run):
@@ -85,111 +86,155 @@ def run_study(
         if not (run / CELLS_FILE).exists():
             (run / CELLS_FILE).touch()  # a study without cells yet is one too, for the report
         context = Context(run=run, preset=preset, commit=code_version(), command=command, num_threads=1)
-        jobs = plan(preset)
         began = time.monotonic()
-        done = {job.id for job in jobs if context.folder(job.id).exists()}
-        _append_cells(run, [context.folder(job.id) for job in jobs if job.id in done])
-        for job_id in done:
-            shutil.rmtree(context.scratch(job_id), ignore_errors=True)  # there where a kill came in between
         deadline = None if budget_minutes is None else began + 60 * budget_minutes
-        _run_jobs(jobs, done, context, workers, deadline, _Display(console, jobs, done))
+        cells_file = _CellsFile(context)
+        try:
+            _run_jobs(asked, context, cells_file, workers, deadline, console)
+        finally:
+            for job in jobs:
+                if context.folder(job.id).exists():  # those too that ended behind one that has not
+                    cells_file.append(job)
         order = {cell_id: number for number, cell_id in enumerate(_cell_ids(jobs, context))}
         cells = sorted(read_lines(run / CELLS_FILE, Cell), key=lambda cell: order.get(cell.id, len(order)))
-        return Outcome(cells=cells, num_jobs=len(jobs), num_finished=len(done), seconds=time.monotonic() - began)
+        done = _finished(jobs, context)
+        counts = {}
+        for piece in only:
+            ids = {job.id for job in of_piece(jobs, piece)}
+            counts[piece] = (len(ids & done), len(ids))
+        seconds = time.monotonic() - began
+        return Outcome(cells=cells, num_jobs=len(jobs), num_finished=len(done), pieces=counts, seconds=seconds)
 
 
-def code_version() -> str:
-    """Commit of the code where it lies in a git checkout (with `+` when it was changed since), else the version."""
-    folder = Path(__file__).resolve().parent
+def asked_jobs(preset: Preset, only: Sequence[str] = ()) -> list[Job]:
+    """List the jobs of pieces of a study with all that they need, in the order of the plan; without pieces, all.
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+    Raises:
+        ValueError: the study has no such piece.
+    """
+    jobs, ids = plan(preset), set()
+    for piece in only:
+        find(dict.fromkeys(pieces(preset)), piece, "piece of the study")
+        ids |= {job.id for job in of_piece(jobs, piece)}
+    return [job for job in jobs if not only or job.id in ids]
 
-    try:
-        if not git("ls-files", __file__).strip():
-            return __version__  # installed inside somebody else's checkout
-        changed = git("status", "--porcelain", "--", str(folder)).strip()
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
-    except (subprocess.CalledProcessError, FileNotFoundError):
-        return __version__
+
+def _finished(jobs: list[Job], context: Context) -> set[str]:
+    return {job.id for job in jobs if context.folder(job.id).exists()}
 
 
 def _run_jobs(
     jobs: list[Job],
-    done: set[str],
     context: Context,
-    workers: int,
+    cells_file: "_CellsFile",
+    workers: int | str,
     deadline: float | None,
-    display: "_Display",
+    console: Console,
 ) -> None:
     """Start ready jobs, the longest chain first, until all are done or the budget is spent."""
+    finished = _finished(jobs, context)
+    for job_id in finished:
+        shutil.rmtree(context.scratch(job_id), ignore_errors=True)  # there where a kill came in between
+    left = _left(jobs, finished, context)
+    done = finished - {job.id for job in left}
     rest = _cost_to_end(jobs)
-    waiting = sorted((job for job in jobs if job.id not in done), key=lambda job: -rest[job.id])
-    running: dict[Future[str], Job] = {}
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent, initargs=(os.getpid(),))
-    try:
-        with display:
-            while waiting or running:
-                spent = deadline is not None and time.monotonic() >= deadline
-                while not spent and len(running) < workers:
-                    ready = next((job for job in waiting if set(job.needs) <= done), None)
-                    if ready is None:
-                        break
-                    waiting.remove(ready)
-                    running[pool.submit(run_job, ready, context)] = ready
-                if not running:
+    waiting = sorted(left, key=lambda job: -rest[job.id])
+
+    def tidy(ended: Sequence[Job]) -> None:
+        """Append cells whose turn has come, and remove weights that nothing needs any more."""
+        for job in itertools.takewhile(lambda job: job.id in done, jobs):
+            cells_file.append(job)
+        if not context.preset.keeps_weights:
+            needed = {need for job in (*waiting, *crew.running) for need in job.needs}
+            for job in ended:
+                if job.kind in LEAVES_WEIGHTS and job.id in done - needed:
+                    remove_weights(context.folder(job.id))
+
+    by_id = {job.id: job for job in jobs}
+    with Display(console, jobs, done) as display, open_workers(workers, context, display.say) as crew:
+        tidy(jobs)
+        while waiting or crew.running:
+            spent = deadline is not None and time.monotonic() >= deadline
+            while not spent and crew.has_room():
+                ready = next((job for job in waiting if set(job.needs) <= done), None)
+                if ready is None:
                     break
-                finished, _ = concurrent.futures.wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    job = running.pop(future)
-                    try:
-                        future.result()
-                    except BrokenProcessPool as error:
-                        others = ", ".join([job.id, *(other.id for other in running.values())])
-                        raise ChildProcessError(
-                            f"a worker of the study in {context.run} was killed while these jobs ran: {others}. "
-                            f"Was the memory full? The same command goes on; --workers 1 needs less"
-                        ) from error
-                    except BaseException as error:
-                        error.add_note(f"in job {job.id} of the study in {context.run}")
-                        raise
-                    done.add(job.id)
-                    _append_cells(context.run, [context.folder(job.id)])
-                display.show(list(running.values()), done, context)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+                waiting.remove(ready)
+                _forget(ready, context)
+                crew.submit(ready)
+            if not crew.running:
+                break
+            for job, error in crew.wait(1.0):
+                if error is not None:
+                    error.add_note(f"in job {job.id} of the study in {context.run}")
+                    raise error
+                done.add(job.id)
+                tidy([job, *(by_id[need] for need in job.needs)])
+            display.show(crew.running, done, context)
+
+
+def _left(jobs: list[Job], finished: set[str], context: Context) -> list[Job]:
+    """List the jobs that are not finished, and those whose weights they need but were removed."""
+    needed: set[str] = set()
+    left = []
+    for job in reversed(jobs):  # whatever needs a job comes after it
+        if job.id not in finished or (job.id in needed and is_removed(context.folder(job.id))):
+            left.append(job)
+            needed |= set(job.needs)
+    return left[::-1]
+
+
+def _forget(job: Job, context: Context) -> None:
+    """Remove what is left of a job that is run again for its weights; a kill leaves no half of it."""
+    folder, scratch = context.folder(job.id), context.scratch(job.id)
+    if folder.exists():
+        scratch.parent.mkdir(exist_ok=True)
+        os.rename(folder, scratch)
+        shutil.rmtree(scratch)
 
 
 def _cost_to_end(jobs: list[Job]) -> dict[str, float]:
     """Cost of the longest chain of jobs that starts with each."""
-    cost = {job.id: job.weight for job in jobs}
+    weight = {job.id: job.weight for job in jobs}
+    cost = dict(weight)
     for job in reversed(jobs):
         for need in job.needs:
-            own = next(other.weight for other in jobs if other.id == need)
-            cost[need] = max(cost[need], own + cost[job.id])
+            cost[need] = max(cost[need], weight[need] + cost[job.id])
     return cost
+
+
+class _CellsFile:
+    """The file of a run's cells, which is only appended to.
+
+    While jobs run, each one's cells wait in its folder for those of the jobs before it in the plan, so that the file of
+    a study is the same whatever ran its jobs and in whatever order they ended.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context, self._path = context, context.run / CELLS_FILE
+        self._known = {cell.id for cell in read_lines(self._path, Cell)}
+        self._appended: set[str] = set()
+
+    def append(self, job: Job) -> None:
+        """Append a finished job's cells that are not there yet."""
+        if job.id in self._appended:
+            return
+        self._appended.add(job.id)
+        for values in job_cells(self._context.folder(job.id)):
+            if values["id"] not in self._known:
+                append_line(self._path, Cell(**values))
+                self._known.add(values["id"])
 
 
 def _cell_ids(jobs: list[Job], context: Context) -> Iterator[str]:
     for job in jobs:
-        for cell in _job_cells(context.folder(job.id)):
+        for cell in job_cells(context.folder(job.id)):
             yield cell["id"]
 
 
-def _job_cells(folder: Path) -> list[dict[str, Any]]:
+def job_cells(folder: Path) -> list[dict[str, Any]]:
     path = folder / CELLS
     return json.loads(path.read_text()) if path.exists() else []
-
-
-def _append_cells(run: Path, folders: list[Path]) -> None:
-    """Append finished jobs' cells that the file does not hold yet."""
-    path = run / CELLS_FILE
-    known = {cell.id for cell in read_lines(path, Cell)}
-    for folder in folders:
-        for values in _job_cells(folder):
-            if values["id"] not in known:
-                append_line(path, Cell(**values))
 
 
 def _check_preset(run: Path, preset: Preset) -> None:
@@ -199,7 +244,7 @@ def _check_preset(run: Path, preset: Preset) -> None:
         if there == now:
             return
         # further repetitions, methods and the like of the same study are no other study
-        if differing := what_differs(there, preset, growing=GROWING):
+        if differing := preset_differences(there, preset):
             raise ValueError(
                 f"{run} holds a study of preset {there.get('name')!r} with other settings "
                 f"({', '.join(sorted(differing))}); choose another folder with -o, or remove this one"
@@ -208,8 +253,19 @@ def _check_preset(run: Path, preset: Preset) -> None:
         raise ValueError(
             f"{run} holds {CELLS_FILE} but no {PRESET_FILE}: it is no study folder; choose another with -o"
         )
+    write_preset(path, preset)
+
+
+def preset_differences(there: Mapping[str, Any], now: Preset) -> list[str]:
+    """Tell why a study whose preset was written down is no part of another, in the words of `what_differs`."""
+    how_now = {name: getattr(now, name) for name in HOW_IT_RUNS}
+    return what_differs({**there, **how_now}, now, growing=GROWING)
+
+
+def write_preset(path: Path, preset: Preset) -> None:
+    """Write a study's preset, whole or not at all."""
     with atomic_file(path) as partial:
-        partial.write_text(json.dumps(now, indent=2) + "\n")
+        partial.write_text(json.dumps(to_dict(preset), indent=2) + "\n")
 
 
 @contextmanager
@@ -222,67 +278,3 @@ def _lock(run: Path) -> Iterator[None]:
                 f"another process works on {run}; wait for it, or choose another folder with -o"
             ) from error
         yield
-
-
-def _read_progress(scratch: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((scratch / PROGRESS).read_text())
-    except FileNotFoundError:  # not there yet, or not any more: the job is at its end
-        return None
-
-
-class _Display:
-    """Bars on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, jobs: list[Job], done: set[str]) -> None:
-        self.console, self.jobs = console, jobs
-        self.total = sum(job.weight for job in jobs)
-        self.began, self.last = time.monotonic(), -LINE_SECONDS
-        self.weight_before = self._weight(done)
-        self.bars = Progress(
-            TextColumn("{task.description}", justify="left"), BarColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), console=console, transient=True,
-        )  # fmt: skip
-        self.whole = self.bars.add_task("study", total=self.total, note="")
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> "_Display":
-        if self.console.is_terminal:
-            self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.bars.stop()
-
-    def _weight(self, done: set[str]) -> float:
-        return math.fsum(job.weight for job in self.jobs if job.id in done)
-
-    def show(self, running: list[Job], done: set[str], context: Context) -> None:
-        """Show how far each running job and the whole is."""
-        weight, notes = self._weight(done), []
-        for job in running:
-            note, share = "", 0.0
-            state = _read_progress(context.scratch(job.id))
-            if state is not None:
-                share = state["step"] / state["num_steps"]
-                note = f"step {state['step']} of {state['num_steps']}, loss {state['loss']:.3f}"
-            weight += job.weight * share
-            notes.append(f"{job.id} {note}".strip())
-            if job.id not in self.tasks:
-                self.tasks[job.id] = self.bars.add_task(job.id, total=1.0, note="")
-            self.bars.update(self.tasks[job.id], completed=share, note=note)
-        for job_id in [j for j in self.tasks if j not in {job.id for job in running}]:
-            self.bars.remove_task(self.tasks.pop(job_id))
-        note = f"{len(done)} of {len(self.jobs)} jobs{self._time_left(weight)}"
-        self.bars.update(self.whole, completed=weight, note=note)
-        now = time.monotonic()
-        if not self.console.is_terminal and now - self.last >= LINE_SECONDS:
-            self.last = now
-            print(f"study: {note}; " + "; ".join(notes), file=sys.stderr, flush=True)
-
-    def _time_left(self, weight: float) -> str:
-        gained, elapsed = weight - self.weight_before, time.monotonic() - self.began
-        if gained <= 0 or elapsed < 20:
-            return ""
-        return f", about {elapsed / gained * (self.total - weight) / 60:.0f} min left"
