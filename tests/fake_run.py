@@ -133,6 +133,53 @@ def repair_cells(random_seeds=(0, 1, 2)):
     return cells
 
 
+# variant -> role, method, settings, and as in VALUES what it reaches zero-shot
+VARIED = {
+    "naive-arithmetic": ("naive", "arithmetic", {"scale": 0.4}, 3.0),
+    "ancestor": ("other", "arithmetic", {"variant": "ancestor", "scale": 0.75}, 30.0),
+    "used": ("other", "interpolation", {"variant": "used", "ratio": 0.5}, 38.5),
+}
+# the paper's further tasks -> data set, task, metric, and what (baseline, naive, recipe, best other) reach
+FURTHER_TASKS = {
+    "nlvr2": ("scenes", "nlvr2", "accuracy", (60.0, 51.0, 58.0, 59.0)),
+    "postcards": ("postcards", "retrieval", "recall_mean", (30.0, 10.0, 26.0, 27.0)),
+    "segmentation": ("scenes", "segmentation", "mean_iou", (50.0, 48.0, 49.0, 51.0)),
+}
+
+
+def variant_cells(random_seeds=(0, 1, 2)):
+    cells = []
+    for place, (role, method, settings, recall) in enumerate(VARIED.values()):
+        for seed in random_seeds:
+            value = recall + SHIFTS[seed] + (place + 1) * SPREAD[seed]
+            cells.append(make_cell(role, method, seed, value, settings=settings))
+    return cells
+
+
+def task_cells(random_seeds=(0, 1, 2)):
+    """The paper's further tasks, fine-tuned; regmean stands for the other methods."""
+    models = (("agnostic", "none"), ("naive", "interpolation"), ("recipe", "interpolation"), ("other", "regmean"))
+    cells = []
+    for target, (dataset, task, metric, values) in FURTHER_TASKS.items():
+        for (role, method), value in zip(models, values, strict=True):
+            for seed in random_seeds:
+                where = {"what": ("fine-tuned", task, metric), "dataset": dataset}
+                name = f"{role}-{method}-{target}-{seed}"
+                cells.append(make_cell(role, method, seed, value + SHIFTS[seed], id=name, **where))
+    return cells
+
+
+def length_cells(random_seeds=(0, 1, 2), lengths=(0.25, 2.0)):
+    models = (("agnostic", "none"), ("specific", "none"), ("naive", "interpolation"), ("recipe", "interpolation"))
+    return [
+        make_cell(role, method, seed, 40.0 + 5 * length, what=("fine-tuned", "vqa", "accuracy"), settings=settings)
+        for role, method in models
+        for length in lengths
+        for seed in random_seeds
+        for settings in [{"length": length}]
+    ]
+
+
 def kept_cells(random_seeds=(0, 1, 2)):
     cells = []
     for fraction, (parameters, recall) in KEPT.items():

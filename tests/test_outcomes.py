@@ -102,7 +102,7 @@ def test_one_expert_set_of_one_random_seed_is_one_point():
         distances=distances,
         cells=("tiny/1/set-ffn-0.25-1/none", "tiny/1/set-ffn-0.25-1/merged"),
     )
-    assert found[2].configuration == found[1].configuration == ("ffn", 0.25, 1.0)
+    assert found[2].configuration == found[1].configuration == ("ffn", 0.25, 1.0, "random")
     assert points(reversed(cells)) == found
     assert points([*cells, *cells]) == found, "a line that was written twice is one cell"
     again = [dataclasses.replace(cell, commit="4567def", command="again") for cell in cells]

@@ -11,10 +11,13 @@ from fake_run import (
     expert_set_cells,
     few_set_cells,
     further_cells,
+    length_cells,
     make_cell,
     picture,
     study_cells,
+    task_cells,
     validation_cells,
+    variant_cells,
     whole_run,
     write_curve,
     write_json,
@@ -68,8 +71,7 @@ def test_page_holds_the_numbers(tmp_path):
         "Modality-agnostic (baseline)",
         "41.0 ± 2.5",  # baseline, zero-shot
         "5.0 ± 2.5",  # naive
-        "gain +33.0 ± 0.0",
-        "position 92 % (92 to 92)",
+        "+33.0 ± 0.0 interval above 0 reaches the paper’s position 92 % (92 to 92)",
         "12 % of the baseline’s recall is left after naive merging: 5.0 of 41.0 percent",
         "93 % of the baseline’s recall is left after the recipe with interpolation: 38.0 of 41.0 percent",
         "Untrained",
@@ -157,11 +159,10 @@ def test_further_methods_have_sections(tmp_path):
     reader = Reader(text)
     for wanted in (
         *FURTHER_HEADINGS,
-        "Better: regmean (+3.0 ± 1.2), iso_c (+2.5 ± 1.2). No difference can be told: learned",
+        "1. Recipe, regmean normalise tokens; off_diagonal 0.9 41.0 ± 3.7 +3.0 ± 1.2 *",
         "Recipe, interpolation, then healed",
         "repair +21.0 ± 0.0",
         "1.79 M",
-        "normalise tokens, off_diagonal 0.9",
     ):
         assert wanted in reader.text, wanted
     figures = figures_of(text)
@@ -480,3 +481,71 @@ def test_two_validation_numbers_of_one_coefficient_are_refused(tmp_path):
     run = write_run(tmp_path / "run", [*validation_cells(), more], jobs=False)
     with pytest.raises(ValueError, match="give the same number of one model"):
         write_report(run, tmp_path / "report.html")
+
+
+# -- the headline and what is significant -------------------------------------------------------------------
+
+
+def whole_study(folder):
+    cells = [*study_cells(), *control_cells(), *validation_cells(), *further_cells(), *task_cells(), *variant_cells()]
+    return write_run(folder, [*cells, *length_cells()], jobs=False)
+
+
+def test_every_new_table_leads_to_its_cells(tmp_path):
+    run = whole_study(tmp_path / "run")
+    text = page(read_run(run))
+    cells = read_run(run).cells
+    links = re.findall(r'<a class="trace" href="#cells" data-cells="([\d ]+)" title="([^"]*)">([^<]*)</a>', text)
+    ids = {shown: [cells[int(place)].id for place in places.split()] for places, _, shown in reversed(links)}
+    assert ids["59.0 ± 2.5"] == [f"recipe-interpolation-nlvr2-{seed}" for seed in SHIFTS], "headline"
+    assert ids["+7.0 ± 0.0"] == [
+        f"{model}-interpolation-nlvr2-{seed}" for model in ("recipe", "naive") for seed in SHIFTS
+    ], "gain"
+    assert len(ids["−2.0 ± 0.0"]) == 2 * 5 * 3, "average over the tasks"
+    assert {cell.split("-")[0] for cell in ids["+0.5 ± 1.2"]} == {"other", "recipe"}, "method"
+    seeds = {title for _, title, shown in links if shown == "59.0 ± 2.5"}
+    assert seeds == {"random seed 0: 58.0, random seed 1: 59.0, random seed 2: 60.0"}
+
+
+def test_the_page_says_what_is_not_significant(tmp_path):
+    reader = Reader(page(read_run(whole_study(tmp_path / "run"))))
+    for wanted in (
+        "Segmentation (ADE20k-like), mean IoU % Parameters",
+        "NLVR2, fine-tuned +25 +7.0 ± 0.0 interval above 0 below the paper’s position 78 %",
+        "Recipe, interpolation −2.0 ± 0.0 −2.0 no yes",
+        "Other ways to merge by the same mechanisms",
+        "changes from an ancestor of the seed scale 0.75 1.23 M 31.0",
+        "What is not significant Comparisons of two models on one column:",
+        "Recipe, learned Recipe, interpolation Zero-shot retrieval, mean recall % +0.5 ± 1.2 0.23 1 ",
+        "What is told apart:",
+    ):
+        assert wanted in reader.text, wanted
+    assert reader.text.count("Recipe, learned Recipe, interpolation Zero-shot retrieval") == 1, "in one of both lists"
+    plain = page(read_run(write_run(tmp_path / "one", study_cells([0]), jobs=False)))
+    assert "What is not significant" not in plain
+
+
+def test_a_preset_lists_what_it_asks_for(tmp_path):
+    run = write_run(tmp_path / "run", study_cells(), jobs=False)
+    recipe = {"architecture": "specific", "seed_fraction": 0.5, "experts_rate_factor": 1.0}
+    lists = {"architectures": ["ffn"], "seed_fractions": [0, 0.5], "rate_factors": [], "grid": "star"}
+    lists |= {"initialisations": ["random", "images"], "variants": ["used"], "finetuned": [], "length_tasks": ["vqa"]}
+    write_json(run / "preset.json", {"name": "tiny", **recipe, **lists, "finetuning_lengths": [0.25]})
+    asked = read_run(run).asked
+    names = ["specific-0.5-1", "images-specific-0.5-1", "ffn-0.5-1", "specific-0-1", "images-specific-0-1"]
+    assert asked["expert_sets"] == names
+    assert (asked["variants"], asked["finetuned"], asked["finetuning_lengths"]) == (["used"], [], [0.25])
+    text = Reader(page(read_run(run))).text
+    for wanted in ("expert set images-specific-0-1", "in use only: Zero-shot", "fine-tuned 0.25 times as long: Fine"):
+        assert wanted in text
+    write_json(run / "preset.json", {"name": "tiny", **recipe})
+    assert "finetuned" not in read_run(run).asked and read_run(run).asked["expert_sets"] == []
+
+
+def test_curves_of_other_lengths_and_first_weights_are_not_drawn(tmp_path):
+    run = whole_run(tmp_path / "run")
+    before = figures_of(page(read_run(run)))
+    write_curve(run, "agnostic-x0.25", "vqa", 0, 5)
+    write_curve(run, "images", "images", 0, 5)
+    assert "images" in {curve.stage for curve in read_run(run).curves}
+    assert figures_of(page(read_run(run))) == before

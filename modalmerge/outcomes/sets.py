@@ -24,7 +24,9 @@ METRICS = (
 OUTCOME = ("zero-shot", "retrieval", "recall_mean")
 SET_SETTING = "expert_set"  # of cells that belong to an expert set
 
-Configuration = tuple[str, float, float]
+UNMERGED, MERGED = "none", "interpolation"  # methods of the cells that a point is made of
+
+Configuration = tuple[str, float, float, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +35,12 @@ class Point:
 
     Args:
         expert_set: its name, such as "attention-0.25-1".
-        architecture, seed_fraction, rate_factor: its configuration: what is per modality, the share of the steps spent
-            on the seed, the factor on the learning rate of the experts.
+        architecture, seed_fraction, rate_factor, initialisation: its configuration: what is per modality, the share of
+            the steps spent on the seed, the factor on the learning rate of the experts, what the very first weights
+            were.
         random_seed: the point's own; points of one random seed share batches, and the seed where that is equal.
-        unmerged, merged: zero-shot mean recall on the test split, in percent; merged at its best coefficient by
-            validation.
+        unmerged, merged: zero-shot mean recall on the test split, in percent; merged by interpolation at its best
+            coefficient by validation.
         distances: "changes" and "weights", as far as measured, to metric to number.
         cells: ids of the cells of `unmerged` and `merged`.
     """
@@ -51,6 +54,7 @@ class Point:
     merged: float
     distances: dict[str, dict[str, float]]
     cells: tuple[str, str]
+    initialisation: str = "random"
 
     @property
     def drop(self) -> float:
@@ -60,7 +64,7 @@ class Point:
     @property
     def configuration(self) -> Configuration:
         """Everything but the random seed."""
-        return (self.architecture, self.seed_fraction, self.rate_factor)
+        return (self.architecture, self.seed_fraction, self.rate_factor, self.initialisation)
 
 
 def load_cells(path: Path) -> list[Cell]:
@@ -88,8 +92,8 @@ def points(cells: Iterable[Cell]) -> tuple[Point, ...]:
     """Put the unmerged and the merged result of every expert set and random seed side by side.
 
     Args:
-        cells: of a study, in any order; those that belong to no expert set, to the validation split or to another
-            metric do not count.
+        cells: of a study, in any order; those that belong to no expert set, to another merge method than
+            interpolation, to the validation split or to another metric do not count.
 
     Returns:
         One point per expert set and random seed that has both results, in the order of configurations and random
@@ -141,8 +145,10 @@ def _halves(cells: Iterable[Cell]) -> dict[tuple[str, int], dict[str, Cell]]:
             continue
         if (cell.stage, cell.task, cell.metric) != OUTCOME:
             continue
+        if cell.method not in (UNMERGED, MERGED):
+            continue  # a set may be merged in other ways too; the drop is that of interpolation
         name = str(cell.settings[SET_SETTING])
-        half = "unmerged" if cell.method == "none" else "merged"
+        half = "unmerged" if cell.method == UNMERGED else "merged"
         first = halves.setdefault((name, cell.random_seed), {}).setdefault(half, cell)
         if (first.id, first.value) != (cell.id, cell.value):  # a cell may be measured again, by another commit
             raise ValueError(
@@ -164,4 +170,5 @@ def _point(unmerged: Cell, merged: Cell) -> Point:
         merged=merged.value,
         distances={kind: dict(merged.distances[kind]) for kind in KINDS if kind in merged.distances},
         cells=(unmerged.id, merged.id),
+        initialisation=str(settings.get("initialisation", "random")),  # older cells lack it
     )

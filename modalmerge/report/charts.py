@@ -6,6 +6,7 @@ a chart follows light, dark and print. Texts are escaped, because plotly.js read
 
 import html
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,8 +15,8 @@ from modalmerge.outcomes import Point, is_reported
 from modalmerge.records import Cell
 from modalmerge.report.columns import COLUMNS, ZERO_SHOT
 from modalmerge.report.numbers import Number, average
+from modalmerge.report.rows import MAIN_ROWS, KeptPoint, Row, Summary
 from modalmerge.report.run import FINETUNING_STAGES, Curve
-from modalmerge.report.summary import MAIN_ROWS, KeptPoint, Row, Summary
 
 Figure = dict[str, Any]
 
@@ -39,6 +40,7 @@ LOOKS = {
 }
 COLOURS = ("--agnostic", "--naive", "--recipe", "--specific", "--other")  # of what has no look of its own
 SIGNS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "✚", "x": "✖", "star": "★"}
+OTHER_LENGTH = re.compile(r"-x[0-9.e-]+$")  # ends the names of models that were fine-tuned longer or shorter
 OTHER_LOOK = ("--other", "circle-open", "longdash")
 _INTERVAL = {"color": "--ink", "thickness": 1.5}
 _PLAIN_MERGES = {f"{role}-{method}" for role, method in MAIN_ROWS if method}
@@ -123,7 +125,7 @@ def difference_dots(rows: Sequence[Row], column: str) -> Figure:
         "marker": {"color": [_row_look(row)[0] for row in rows], "size": 11, "line": {"color": "--ink", "width": 1.5}},
         "hovertemplate": "%{y}: %{x:+.1f}<extra>mean</extra>",
     }
-    figure = new_figure([means], x_title="difference to interpolation, points", height=90 + 26 * len(rows))
+    figure = new_figure([means], x_title="difference, points", height=90 + 26 * len(rows))
     none = {"x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper"}
     line = {"color": "--muted", "width": 1.5, "dash": "dash"}
     figure["layout"] |= {"showlegend": False, "shapes": [{"type": "line", "layer": "below", "line": line, **none}]}
@@ -236,9 +238,10 @@ def pretraining_curves(curves: Sequence[Curve]) -> list[tuple[str, Figure]]:
 
 
 def finetuning_curves(curves: Sequence[Curve]) -> list[tuple[str, Figure]]:
-    """Draw the losses of fine-tuning, one chart per task; of further merges and repairs there would be too many."""
+    """Draw the losses of fine-tuning, one chart per task; of further merges, repairs and lengths there are too many."""
     charts = []
     curves = [x for x in curves if x.model in _PLAIN_MERGES or not x.model.startswith(("recipe-", "naive-"))]
+    curves = [x for x in curves if not OTHER_LENGTH.search(x.model)]
     for stage, title in FINETUNING_STAGES.items():
         chosen = [curve for curve in curves if curve.stage == stage]
         charts += [(f"{title}, loss", figure) for _, figure in _loss_charts(chosen, {}, losses=("loss",))]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from modalmerge.records import Cell
 
@@ -121,6 +121,60 @@ def new_number(by_seed: Mapping[int, float], ids: Iterable[str], parameters: int
         cells=tuple(ids),
         parameters=parameters,
     )
+
+
+def difference(own: Number, other: Number) -> Number | None:
+    """Subtract one average from another over the random seeds that both have.
+
+    Args:
+        own, other: of `average`, so with one cell for each random seed.
+
+    Returns:
+        Mean difference with its paired interval; None where they share no random seed.
+    """
+    return average_difference([(own, other)])
+
+
+def average_difference(pairs: Sequence[tuple[Number, Number]]) -> Number | None:
+    """Average the differences of several pairs for each random seed, and these over the random seeds.
+
+    Args:
+        pairs: at least one; minuend and subtrahend, each of `average`.
+
+    Returns:
+        Over the random seeds that all have; None where there are none.
+    """
+    values = [(by_seed(own), by_seed(other)) for own, other in pairs]
+    seeds = sorted(set.intersection(*(set(side) for pair in values for side in pair)))
+    if not seeds:
+        return None
+    return new_number(
+        {seed: statistics.fmean(own[seed][0] - other[seed][0] for own, other in values) for seed in seeds},
+        [side[seed][1] for pair in values for side in pair for seed in seeds],
+        pairs[0][0].parameters,
+    )
+
+
+def by_seed(number: Number) -> dict[int, tuple[float, str]]:
+    """Give the value and the cell of every random seed of an average."""
+    entries = zip(number.values, number.cells, strict=True)
+    return dict(zip(number.random_seeds, entries, strict=True))
+
+
+def p_value(number: Number) -> float | None:
+    """Test whether a mean is 0: two-sided t-test, for differences the paired one.
+
+    Returns:
+        In [0, 1], below 0.05 exactly where the 95 % interval leaves 0 out; None for a single random seed.
+    """
+    count = len(number.values)
+    if count < 2:
+        return None
+    error = statistics.stdev(number.values) / math.sqrt(count)
+    if not error:
+        return 0.0 if number.mean else 1.0
+    angle = math.atan(abs(number.mean) / error / math.sqrt(count - 1))
+    return max(0.0, 1.0 - _probability_within(angle, count - 1))
 
 
 def refuse_clash(cells: Iterable[Cell]) -> None:

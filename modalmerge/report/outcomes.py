@@ -24,7 +24,8 @@ INTRODUCTION = (
 )
 NOTE = (
     "ρ: Spearman’s, τ: Kendall’s rank correlation with the drop, with 95 % intervals from a bootstrap over "
-    "configurations (architecture, seed fraction, rate factor), all random seeds of one together. The intervals do not "
+    "configurations (architecture, seed fraction, rate factor, first weights), all random seeds of one together. The "
+    "intervals do not "
     "cover other data, sizes or architectures, nor that expert sets of one random seed share batches; and they are not "
     "widened for their number: of 20 distances that have nothing to do with the drop, one would seem to. Across mixes "
     "what differs between architectures with what differs within them; within, averaged: the mean over architectures. "

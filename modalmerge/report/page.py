@@ -12,21 +12,20 @@ from modalmerge.records import Cell
 from modalmerge.report import charts, outcomes
 from modalmerge.report.columns import COLUMNS, EXTRA_COLUMNS, FURTHER_COLUMNS
 from modalmerge.report.document import document
-from modalmerge.report.forgetting import forgetting_section, markdown_forgetting
-from modalmerge.report.mechanisms import kept_curve, mechanisms, repairs
+from modalmerge.report.factors import factors_section
+from modalmerge.report.forgetting import forgetting_section
+from modalmerge.report.headline import before_finetuning, headline
+from modalmerge.report.lengths import lengths_section
+from modalmerge.report.markdown_page import markdown_page
+from modalmerge.report.mechanisms import kept_curve, mechanisms, repairs, variants
 from modalmerge.report.numbers import unique
 from modalmerge.report.parts import Parts, escape, html_table, parameter_count, row_head, scroll, traced_or_dash
+from modalmerge.report.rows import RECALL_DEPTHS, Row, Summary
 from modalmerge.report.run import Predictions, Run, read_run
+from modalmerge.report.significance import compare, significance_section
 from modalmerge.report.style import TRACE
-from modalmerge.report.summary import RECALL_DEPTHS, Row, Summary, summarise
-from modalmerge.report.text import (
-    NOTE_GAIN,
-    NOTE_POSITION,
-    format_number,
-    format_position,
-    interval_note,
-    markdown_page,
-)
+from modalmerge.report.summary import of_the_rows, summarise
+from modalmerge.report.text import format_number
 
 SAMPLES_SHOWN = 6  # per task; further ones are folded away
 CAPTIONS_SHOWN = 3  # per model and image, else the page is mostly captions
@@ -61,11 +60,7 @@ def write_report(run: Path, output: Path) -> int:
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"{output} cannot be written: give a file in a folder that exists, such as report.html")
     content = read_run(run)
-    cells = unique(content.cells)
-    if output.suffix == ".md":
-        text = markdown_page(content) + markdown_forgetting(cells) + outcomes.markdown_outcomes(cells)
-    else:
-        text = page(content)
+    text = markdown_page(content) if output.suffix == ".md" else page(content)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -75,30 +70,35 @@ def write_report(run: Path, output: Path) -> int:
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
-    return len(cells)
+    return len(unique(content.cells))
 
 
 def page(run: Run) -> str:
     """Lay a run out as HTML."""
     cells = unique(run.cells)
     summary = summarise(cells, **run.asked)
+    comparisons, shown = compare(summary), of_the_rows(cells, run.asked["initialisations"])
     parts = Parts(cells)
     title = f"Merging modality experts: study {run.preset['name']}"
     sections = [
         f"<header><h1>{escape(title)}</h1>{_subtitle(summary, cells)}</header>",
         INTRODUCTION,
         _missing(summary),
-        _headline(summary, parts),
+        headline(summary, parts),
         _recall_bars(summary, parts),
-        mechanisms(summary, parts),
+        mechanisms(summary, comparisons, parts),
+        variants(summary, parts),
         kept_curve(summary, parts),
         repairs(summary, parts),
-        forgetting_section(cells, parts),
+        factors_section(cells, parts),
+        lengths_section(cells, parts),
+        forgetting_section(shown, parts),
+        significance_section(comparisons, parts),
         _controls(summary, parts),
         _recalls(summary, parts),
         outcomes.outcome_section(cells, parts),
         _distances(summary, parts),
-        _coefficients(cells, parts),
+        _coefficients(shown, parts),
         _losses(run, parts),
         _samples(run.predictions),
         _footer(run, cells),
@@ -126,33 +126,6 @@ def _missing(summary: Summary) -> str:
     )
 
 
-def _headline(summary: Summary, parts: Parts) -> str:
-    head = ["Model", *(title for title in summary.columns.values())]
-    lines = [
-        [row_head(row), parameter_count(row), *(_headline_cell(row, column, parts) for column in summary.columns)]
-        for row in summary.rows
-    ]
-    shown = html_table([head[0], "Parameters", *head[1:]], lines)
-    notes = f"{interval_note(summary)} {NOTE_GAIN} {NOTE_POSITION}"
-    if any(row.positions for row in summary.rows):
-        notes += " In brackets its range over random seeds."
-    notes += " Every number links to its cells below."
-    return f'<section><h2>The result</h2>{shown}<p class="note">{escape(notes)}</p></section>'
-
-
-def _headline_cell(row: Row, column: str, parts: Parts) -> str:
-    if column not in row.numbers:
-        return '<span class="small">not measured</span>'
-    lines = [parts.traced(row.numbers[column], format_number(row.numbers[column]))]
-    if column in row.gains:
-        gain = format_number(row.gains[column], signed=True).replace("-", "−")
-        lines.append(f'<span class="small">gain {gain}</span>')
-    if column in row.positions:
-        position = format_position(row.positions[column]).replace("-", "−")
-        lines.append(f'<span class="small">position {position}</span>')
-    return "".join(lines)
-
-
 def _recall_bars(summary: Summary, parts: Parts) -> str:
     figure = charts.recall_bars(summary)
     if figure is None:
@@ -163,17 +136,19 @@ def _recall_bars(summary: Summary, parts: Parts) -> str:
     for row in summary.rows:
         if baseline is None or row.role not in ("naive", "recipe") or column not in row.numbers:
             continue
-        kept = _share(row.numbers[column].mean, baseline.numbers[column].mean)
+        own, whole = row.numbers[column], baseline.numbers[column]
+        seeds = f"{own.mean:.1f} of {whole.mean:.1f} percent"
+        kept = parts.link(_share(own.mean, whole.mean), [*own.cells, *whole.cells], seeds)
         colour = charts.look(row.role, row.method)[0]
         facts.append(
             f'<li style="--fact: var({colour})"><b>{kept}</b>of the baseline’s recall is left after '
-            f"{escape(_lower(row.name))}: {row.numbers[column].mean:.1f} of "
-            f"{baseline.numbers[column].mean:.1f} percent.</li>"
+            f"{escape(_lower(row.name))}: {seeds}.</li>"
         )
     caption = "Bars: mean over random seeds, with its 95 % interval. Dots: single random seeds."
     chart = parts.chart("", figure, caption=caption)
     points = f'<ul class="facts">{"".join(facts)}</ul>' if facts else ""
-    return f"<section><h2>Zero-shot retrieval: what merging keeps</h2>{points}{chart}</section>"
+    numbers = before_finetuning(summary, parts)
+    return f"<section><h2>Zero-shot retrieval: what merging keeps</h2>{points}{chart}{numbers}</section>"
 
 
 def _share(part: float, whole: float) -> str:
@@ -210,7 +185,7 @@ def _controls(summary: Summary, parts: Parts) -> str:
 
 
 def _all_rows(summary: Summary) -> tuple[Row, ...]:
-    return (*summary.rows, *summary.repairs, *summary.controls)
+    return (*summary.rows, *summary.variants, *summary.repairs, *summary.controls)
 
 
 def _recalls(summary: Summary, parts: Parts) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from modalmerge.records import Cell
 from modalmerge.report import charts
-from modalmerge.report.summary import Number, Row
+from modalmerge.report.numbers import Number
+from modalmerge.report.rows import Row
 from modalmerge.report.text import format_count, format_number, format_settings
 
 MANY = 7  # columns of a table that is set smaller when it has more
@@ -20,11 +21,15 @@ class Parts:
 
     def traced(self, number: Number, text: str) -> str:
         """Link a number to the cells that it was made from."""
-        positions = " ".join(str(self.index[name]) for name in number.cells)
         seeds = ", ".join(
             f"random seed {seed}: {value:.1f}" for seed, value in zip(number.random_seeds, number.values, strict=True)
         )
-        return f'<a class="trace" href="#cells" data-cells="{positions}" title="{seeds}">{text}</a>'
+        return self.link(text, number.cells, seeds)
+
+    def link(self, text: str, cells: Iterable[str], title: str) -> str:
+        """Link ready HTML to cells by their ids."""
+        positions = " ".join(dict.fromkeys(str(self.index[name]) for name in cells))
+        return f'<a class="trace" href="#cells" data-cells="{positions}" title="{escape(title)}">{text}</a>'
 
     def chart(self, title: str, figure: charts.Figure, *, caption: str = "") -> str:
         """Make room for a figure."""
@@ -45,22 +50,26 @@ def traced_or_dash(number: Number | None, parts: Parts, *, signed: bool = False)
     """Write a number that leads to its cells, or a dash where there is none."""
     if number is None:
         return "–"
-    return parts.traced(number, format_number(number, signed=signed).replace("-", "−"))
+    return parts.traced(number, minus(format_number(number, signed=signed)))
 
 
-def html_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Lay ready HTML out in rows; the first column names the row."""
-    first, *others = head
-    titles = [f'<th scope="col">{escape(first)}</th>']
-    titles += [f'<th scope="col" class="number">{_unbroken(text)}</th>' for text in others]
+def minus(text: str) -> str:
+    """Write the minus signs of numbers as such."""
+    return text.replace("-", "−")
+
+
+def html_table(head: Sequence[str], lines: Iterable[Sequence[str]], *, num_words: int = 1) -> str:
+    """Lay ready HTML out in rows; the first column names the row, and so many of the first hold no numbers."""
+    kinds = [""] * num_words + [' class="number"'] * (len(head) - num_words)
+    titles = [f'<th scope="col"{kind}>{unbroken(text)}</th>' for kind, text in zip(kinds, head, strict=True)]
     body = []
-    for name, *numbers in lines:
-        cells = "".join(f'<td class="number">{text}</td>' for text in numbers)
+    for name, *texts in lines:
+        cells = "".join(f"<td{kind}>{text}</td>" for kind, text in zip(kinds[1:], texts, strict=True))
         body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     return scroll("".join(titles), "".join(body), many=len(head) > MANY)
 
 
-def _unbroken(title: str) -> str:
+def unbroken(title: str) -> str:
     """Escape a title and keep its percent sign on the line of the word before it."""
     return escape(title).replace(" %", "&nbsp;%")
 
@@ -71,12 +80,17 @@ def scroll(head: str, body: str, *, many: bool = False) -> str:
     return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def small(text: str) -> str:
+    """Put ready HTML on a line of its own below a number."""
+    return f'<span class="small">{text}</span>'
+
+
 def row_head(row: Row) -> str:
     """Name a row, with its colour and settings."""
     colour = charts.look(row.role, row.method)[0]
     swatch = "" if row.control else f'<span class="swatch" style="background: var({colour})"></span>'
     settings = format_settings(row)
-    below = f'<span class="small">{escape(settings)}</span>' if settings else ""
+    below = small(escape(settings)) if settings else ""
     return f"{swatch}{escape(row.name)}{below}"
 
 

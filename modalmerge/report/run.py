@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ FINETUNING_STAGES = {
     "segmentation": "Segmentation",
     "classification": "Classification",
 }
-STAGES = ("pretraining", *FINETUNING_STAGES, "healing", "continued")
+STAGES = ("pretraining", *FINETUNING_STAGES, "healing", "continued", "images")
 
 # what was fine-tuned on -> where the answers to a sample are, and the form of one
 FORMS: dict[str, tuple[str, dict[str, type]]] = {
@@ -94,9 +94,15 @@ class Run:
             "repairs": (str,),
             "keep_fractions": (int, float),
             "tasks": (str,),
+            "variants": (str,),
+            "finetuning_lengths": (int, float),
+            "length_tasks": (str,),
+            "initialisations": (str,),
         }
-        listed = {name: self._list(name, *kind) for name, kind in kinds.items()}
-        return listed | {"expert_sets": self._expert_sets()}
+        asked = {name: self._list(name, *kind) for name, kind in kinds.items()}
+        if "finetuned" in self.preset:  # older studies fine-tuned everything
+            asked["finetuned"] = self._list("finetuned", str)
+        return asked | {"expert_sets": self._expert_sets()}
 
     def _expert_sets(self) -> list[str]:
         """Name the expert sets as the study names them; the recipe's values stand in for lists that are empty."""
@@ -105,10 +111,23 @@ class Run:
             ("seed_fractions", "seed_fraction", (int, float)),
             ("rate_factors", "experts_rate_factor", (int, float)),
         )
-        if not any(self._list(name, *kind) for name, _, kind in axes):
+        first_weights = self._list("initialisations", str) or ["random"]
+        if first_weights == ["random"] and not any(self._list(name, *kind) for name, _, kind in axes):
             return []
-        values = [self._list(name, *kind) or _of_kind([self.preset.get(recipe)], kind) for name, recipe, kind in axes]
-        return [f"{architecture}-{fraction:g}-{rate:g}" for architecture, fraction, rate in itertools.product(*values)]
+        own = ["random", *(value for _, name, kind in axes for value in _of_kind([self.preset.get(name)], kind))]
+        if len(own) <= len(axes):
+            return []
+        listed = [first_weights, *(self._list(name, *kind) for name, _, kind in axes)]
+        values = [given or [recipe] for given, recipe in zip(listed, own, strict=True)]
+        chosen: list[Sequence[Any]] = list(itertools.product(*values))
+        if self.preset.get("grid", "cross") != "cross":  # each value beside the recipe's others, and none of the seed
+            alone = [[*own[:axis], value, *own[axis + 1 :]] for axis, given in enumerate(values) for value in given]
+            chosen = [own, *alone, *([first, own[1], 0, own[3]] for first in first_weights)]
+        names = (
+            ("" if first == "random" else f"{first}-") + f"{name}-{fraction:g}-{rate:g}"
+            for first, name, fraction, rate in chosen
+        )
+        return list(dict.fromkeys(names))
 
     def _list(self, name: str, *kind: type) -> list[Any]:
         values = self.preset.get(name)

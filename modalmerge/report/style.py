@@ -49,9 +49,9 @@ tbody th { font-weight: 600; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 thead th.number { white-space: normal; min-width: 7.5rem; }
 td .small, th .small { display: block; color: var(--muted); font-size: .82rem; font-weight: 400; }
-td a.trace { color: inherit; text-decoration: none; font-weight: 600; }
-td a.trace { border-bottom: 1px dotted var(--muted); }
-td a.trace:hover, td a.trace:focus { color: var(--accent); }
+a.trace { color: inherit; text-decoration: none; border-bottom: 1px dotted var(--muted); }
+td > a.trace { font-weight: 600; }
+a.trace:hover, a.trace:focus { color: var(--accent); }
 .swatch { display: inline-block; width: .7em; height: .7em; margin-right: .45em; border-radius: 2px; }
 .charts {
   display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
@@ -92,17 +92,28 @@ footer { margin-top: 3.5rem; border-top: 1px solid var(--line); }
   h1 { font-size: 1.6rem; }
   .sample { grid-template-columns: 6.5rem minmax(0, 1fr); }
   .sample img { width: 6.5rem; }
+  thead th.number { min-width: 4.5rem; }
+  th, td { padding-left: .7rem; }
+  td.number .small { white-space: normal; }
 }
 @media print {
   :root { --paper: #fff; }
-  body { max-width: none; padding: 0; font-size: 9pt; }
+  html { font-size: 9pt; }
+  body { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
-  th, td { padding-left: .6rem; }
-  thead th.number { min-width: 0; }
+  table { font-size: 8pt; }
+  .many { font-size: 6.5pt; }
+  th, td { padding: .25rem 0 .25rem .5rem; }
+  tbody th { overflow-wrap: anywhere; min-width: 5rem; }
+  thead { display: table-header-group; }
+  thead th.number, .many thead th.number { min-width: 0; font-size: inherit; }
+  a.trace { border-bottom: 0; }
+  a { color: inherit; }
   #cells table { font-size: 5pt; }
   #cells th, #cells td { padding: .1rem; min-width: 0 !important; overflow-wrap: anywhere; }
   .charts { grid-template-columns: 330px 330px; }
-  h2 { break-after: avoid; margin-top: 1.5rem; }
+  h2, h3, h2 + p { break-after: avoid; }
+  h2 { margin-top: 1.5rem; }
   figure, .sample, tr, .facts li { break-inside: avoid; }
   .samples { grid-template-columns: 1fr 1fr; }
   .sample { grid-template-columns: 6rem minmax(0, 1fr); }
@@ -186,8 +197,17 @@ DRAW = """
   matchMedia("print").addEventListener("change", draw);
 """
 
-# leads from a number to its cells
+# leads from a number to its cells, and prints what is folded away
 TRACE = """
+  // paper shows what is folded away, but for the table of cells, which would be most of it
+  let unfolded = [];
+  window.addEventListener("beforeprint", () => {
+    unfolded = [...document.querySelectorAll("details:not([open]):not(#cells)")];
+    for (const details of unfolded) details.open = true;
+  });
+  window.addEventListener("afterprint", () => {
+    for (const details of unfolded) details.open = false;
+  });
   const rows = document.querySelectorAll("#cells tbody tr");
   const cells = document.getElementById("cells");
   const all = document.getElementById("show-all");

@@ -6,133 +6,45 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from modalmerge.outcomes import HIDDEN_WORDS, KINDS, SET_SETTING, STATES, is_reported, points
+from modalmerge.outcomes import HIDDEN_WORDS, KINDS, SET_SETTING, STATES, is_reported
 from modalmerge.records import Cell
 from modalmerge.report.columns import COLUMNS, EXTRA_COLUMNS, FURTHER_COLUMNS, ZERO_SHOT, Column
-from modalmerge.report.numbers import Number, average, averages, find_clash, new_number, refuse_clash, unique
-
-# (role, method) that every study has; nothing was merged in the first two
-MAIN_ROWS = (
-    ("agnostic", ""),
-    ("specific", ""),
-    ("naive", "interpolation"),
-    ("recipe", "interpolation"),
-    ("recipe", "arithmetic"),
+from modalmerge.report.missing import Expected, missing_lengths, missing_numbers, missing_points, missing_sets
+from modalmerge.report.numbers import (
+    Number,
+    average,
+    averages,
+    by_seed,
+    difference,
+    find_clash,
+    new_number,
+    refuse_clash,
+    unique,
 )
-CONTROLS = {
-    "untrained": "Untrained",
-    "scratch": "Fine-tuned from scratch",
-    "text-only": "Text only (images hidden)",
-    "image-only": "Image only (texts hidden)",
-}
-REPAIRS = {
-    "unseeded": "experts that share no start",
-    "aligned": "experts that share no start, aligned first",
-    "healed": "then healed",
-    "continued": "then pre-trained further",
-}
-RECALL_DEPTHS = (1, 5, 10)
-RECALLS = tuple(f"{way}_recall_{depth}" for way in ("text", "image") for depth in RECALL_DEPTHS)
-KEPT_SETTING = "keep_fraction"  # of partly merged models
-NO_SETTINGS = ("control", "chance", "repair")  # keys of `settings` that set nothing
+from modalmerge.report.rows import (
+    CONTROLS,
+    INITIALISATIONS,
+    KEPT_SETTING,
+    LENGTH_SETTING,
+    MAIN_ROWS,
+    NO_SETTINGS,
+    RECALL_DEPTHS,
+    RECALLS,
+    KeptPoint,
+    Key,
+    Position,
+    Row,
+    Summary,
+    key_of,
+    name_of,
+    repair_key,
+    variant_key,
+)
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where a model lies between naive merging (0) and the baseline (100), in percent; past both ends too.
-
-    Args:
-        value: from the means over the random seeds that all three have.
-        low, high: smallest and largest of the random seeds taken one by one; None where the baseline of one
-            of them is not above naive merging.
-        num_seeds: how many random seeds all three have.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    num_seeds: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One model.
-
-    Args:
-        name: for people.
-        role, method: as in the cells.
-        control: name of the control, "" for the models of the study itself.
-        repair: what was done beside merging, such as "healed", or "".
-        settings: name of a setting to its different values, in the order in which they were met.
-        parameters: of the model in the first column that has a number (heads differ between tasks), or None.
-        numbers: column key to number; columns that were not measured are left out.
-        gains: column key to the mean difference to naive merging, paired over random seeds.
-        differences: column key to the mean difference to the recipe's interpolation, paired over random seeds; not for
-            that itself.
-        positions: column key to position; not for naive merging and the baseline.
-        chance: column key to what guessing would reach, where that is known (untrained control alone).
-        recalls: stage to metric to number, for recall at 1, 5 and 10 both ways.
-        distances: what they are taken of ("changes" or "weights") to metric to distance between the experts.
-    """
-
-    name: str
-    role: str
-    method: str
-    control: str
-    repair: str
-    settings: dict[str, list[Any]]
-    parameters: int | None
-    numbers: dict[str, Number]
-    gains: dict[str, Number]
-    differences: dict[str, Number]
-    positions: dict[str, Position]
-    chance: dict[str, float]
-    recalls: dict[str, dict[str, Number]]
-    distances: dict[str, dict[str, Number]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KeptPoint:
-    """A partly merged model of the recipe: one point of the curve of what is kept per modality.
-
-    Args:
-        keep_fraction: share of the experts' numbers beyond the merged ones that may be kept, in [0, 1]; 0 is plain
-            interpolation.
-        parameters: mean over random seeds, which may keep different parts.
-        number: zero-shot retrieval.
-    """
-
-    keep_fraction: float
-    parameters: float
-    number: Number
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What a study found; `dataclasses.asdict` of it is ready for JSON.
-
-    Args:
-        columns: column key to title.
-        random_seeds: every random seed of the study.
-        rows: the models, those of `MAIN_ROWS` always, even when nothing was measured yet; behind them the recipe's
-            experts merged in other ways, the best zero-shot first.
-        repairs: rows of what was done about naive merging, and of the recipe treated alike.
-        kept: the curve of partly merged models, ascending; empty where none was measured.
-        controls: rows of the controls that were measured.
-        missing: what was not measured (yet), one sentence part each.
-        num_cells: how many cells there are, those of other splits included.
-    """
-
-    columns: dict[str, str]
-    random_seeds: tuple[int, ...]
-    rows: tuple[Row, ...]
-    repairs: tuple[Row, ...]
-    kept: tuple[KeptPoint, ...]
-    controls: tuple[Row, ...]
-    missing: tuple[str, ...]
-    num_cells: int
+# Points that the baseline must lie above naive merging, or a position between them says nothing.
+LEAST_REACH = 5.0
 
 
 def summarise(
@@ -144,17 +56,27 @@ def summarise(
     keep_fractions: Iterable[float] = (),
     expert_sets: Iterable[str] = (),
     tasks: Iterable[str] = (),
+    variants: Iterable[str] = (),
+    finetuned: Iterable[str] | None = None,
+    finetuning_lengths: Iterable[float] = (),
+    length_tasks: Iterable[str] = (),
+    initialisations: Iterable[str] = (),
 ) -> Summary:
     """Average the test cells over random seeds and compare them with naive merging.
 
-    Cells of expert sets are counted, and otherwise left to `modalmerge.outcomes`.
+    Cells of expert sets, of other lengths of fine-tuning and of other first weights are counted, and have no other part
+    in the rows.
 
     Args:
         cells: of one study, in any order; any part of them, or none, is fine.
         random_seeds: those that the study was asked for, so that one without a cell counts as missing; those
             of the cells need not be named.
-        methods, repairs, keep_fractions, expert_sets, tasks: the same for what the study was asked for beside what all
-            studies have.
+        methods, repairs, keep_fractions, expert_sets, tasks, variants: the same for what the study was asked for beside
+            what all studies have.
+        finetuned: those of `methods`, `repairs` and `variants` that are fine-tuned too, so that of the others nothing
+            but zero-shot numbers is missing; None where that was not said, for all but the variants.
+        finetuning_lengths, length_tasks: factors on the steps of fine-tuning, and the tasks that they are for.
+        initialisations: what the first weights are; the rows are of the first of them.
 
     Returns:
         The summary.
@@ -163,45 +85,65 @@ def summarise(
         ValueError: two different cells give the same number of the same model, so that no mean can be told.
     """
     cells = unique(cells)
-    tested = [cell for cell in cells if is_reported(cell)]
-    seeds = tuple(sorted({*random_seeds, *(cell.random_seed for cell in tested)}))
-    of_sets = [cell for cell in tested if SET_SETTING in cell.settings]
-    tested = [cell for cell in tested if SET_SETTING not in cell.settings]
+    all_tested = [cell for cell in cells if is_reported(cell)]
+    seeds = tuple(sorted({*random_seeds, *(cell.random_seed for cell in all_tested)}))
+    shown = of_the_rows(cells, initialisations)
+    tested = [cell for cell in shown if is_reported(cell)]
     tested = [cell for cell in tested if cell.settings.get("control") not in STATES and cell.task != HIDDEN_WORDS]
-    groups: dict[_Key, list[Cell]] = {_Key(role, method): [] for role, method in MAIN_ROWS}
-    groups |= {_Key("other", control=control): [] for control in CONTROLS}
-    groups |= {_Key("other", method): [] for method in methods}
-    groups |= {_repair_key(repair): [] for repair in repairs}
+    groups: dict[Key, list[Cell]] = {Key(role, method): [] for role, method in MAIN_ROWS}
+    groups |= {Key("other", control=control): [] for control in CONTROLS}
+    groups |= {Key("other", method): [] for method in methods}
+    groups |= {repair_key(repair): [] for repair in repairs}
+    groups |= {variant_key(variant): [] for variant in variants}
     kept = [cell for cell in tested if KEPT_SETTING in cell.settings]
     columns = _shown_columns(tested, tasks)
     for cell in tested:
         if KEPT_SETTING not in cell.settings:
-            groups.setdefault(_key(cell), []).append(cell)
+            groups.setdefault(key_of(cell), []).append(cell)
     order = [*dict.fromkeys(role for role, _ in MAIN_ROWS), "other"]
     rows = []
     for key in sorted(groups, key=lambda key: order.index(key.role)):  # stable: methods stay in their order
-        for variant, members in _variants(groups[key]):
-            rows.append(_row(key, variant, members))
-    by_key = {_Key(row.role, row.method, row.control, row.repair): row for row in reversed(rows)}
-    naive, baseline = by_key[_Key("naive", "interpolation")], by_key[_Key("agnostic")]
-    recipe = by_key[_Key("recipe", "interpolation")]
-    rows = [_compared(row, naive, baseline, recipe) for row in rows]
-    plain = [row for row in rows if not row.control and not row.repair]
+        for aspects, members in _split(groups[key]):
+            rows.append(_row(key, aspects, members))
+    by_key = {Key(row.role, row.method, row.control, row.repair, row.variant): row for row in reversed(rows)}
+    naive, baseline = by_key[Key("naive", "interpolation")], by_key[Key("agnostic")]
+    recipe, added = (by_key[Key("recipe", method)] for method in ("interpolation", "arithmetic"))
+    rows = [_compared(row, naive, baseline, added if row.variant == "ancestor" else recipe) for row in rows]
+    plain = sorted((row for row in rows if not (row.control or row.repair or row.variant)), key=_place)
     curve = tuple(_kept_curve(kept, recipe))
+    expected = Expected(columns, None if finetuned is None else frozenset(finetuned))
     return Summary(
         columns={key: column.title for key, column in columns.items()},
         random_seeds=seeds,
-        rows=tuple(sorted(plain, key=_place)),
+        rows=tuple(plain),
         repairs=tuple(row for row in rows if row.repair),
+        variants=tuple(row for row in rows if row.variant),
+        best_other=_best_other(plain, recipe, shown),
         kept=curve,
         controls=tuple(row for row in rows if row.control and row.numbers),
         missing=(
-            *_missing(rows, seeds, columns),
-            *_missing_points(curve, seeds, keep_fractions),
-            *_missing_sets(of_sets, seeds, expert_sets),
+            *missing_numbers(rows, seeds, expected),
+            *missing_points(curve, seeds, keep_fractions),
+            *missing_lengths(all_tested, seeds, columns, finetuning_lengths, set(length_tasks)),
+            *missing_sets(all_tested, seeds, expert_sets),
         ),
         num_cells=len(cells),
     )
+
+
+def of_the_rows(cells: Iterable[Cell], initialisations: Iterable[str] = ()) -> list[Cell]:
+    """Leave out the cells of expert sets, of other lengths of fine-tuning, and of other first weights than the first.
+
+    Args:
+        cells: of a study.
+        initialisations: what its first weights are, in its order; others behind.
+    """
+    cells = [cell for cell in cells if SET_SETTING not in cell.settings and LENGTH_SETTING not in cell.settings]
+    # older files say "seed" of experts that started from one
+    first_weights = ["random" if cell.initialisation == "seed" else cell.initialisation for cell in cells]
+    order = dict.fromkeys([*initialisations, *INITIALISATIONS])
+    others = [name for name in order if name in first_weights][1:]
+    return [cell for cell, name in zip(cells, first_weights, strict=True) if name not in others]
 
 
 def retrieval_chance(num_images: int, num_captions: int) -> float:
@@ -235,26 +177,37 @@ def _shown_columns(cells: Iterable[Cell], tasks: Iterable[str]) -> dict[str, Col
     }
 
 
-class _Key(NamedTuple):
-    """What tells models apart: merged ones by method, controls and repairs by name."""
+def _best_other(rows: Sequence[Row], recipe: Row, cells: Iterable[Cell]) -> str:
+    """Pick the other method that is shown beside the recipe, without looking at the test split."""
+    wanted = {(key, seed) for key, number in _finetuned(recipe) for seed in number.random_seeds}
+    covered = {
+        row.name: len(wanted & {(key, seed) for key, number in _finetuned(row) for seed in number.random_seeds})
+        for row in rows
+        if row.role == "other"
+    }
+    most = max(covered.values(), default=0)
+    if not most:
+        return ""
+    best: dict[str, dict[int, float]] = defaultdict(dict)  # the chosen setting is the best one of a random seed
+    for cell in cells:
+        if cell.split == "validation" and COLUMNS[ZERO_SHOT].holds(cell) and KEPT_SETTING not in cell.settings:
+            key = key_of(cell)
+            if key == Key("other", cell.method):
+                known = best[cell.method].get(cell.random_seed, -math.inf)
+                best[cell.method][cell.random_seed] = max(known, cell.value)
+    scores = {
+        row.name: statistics.fmean(best[row.method].values()) if row.method in best else -math.inf
+        for row in rows
+        if covered.get(row.name) == most
+    }
+    return max(scores, key=lambda name: scores[name])
 
-    role: str
-    method: str = ""
-    control: str = ""
-    repair: str = ""
 
-
-def _key(cell: Cell) -> _Key:
-    control, repair = (str(cell.settings.get(name, "")) for name in ("control", "repair"))
-    if control:
-        return _Key("other", control=control)
-    return _Key(cell.role, cell.method if cell.role in ("naive", "recipe", "other") else "", repair=repair)
-
-
-def _repair_key(repair: str) -> _Key:
-    """Read the name that a study gives a repair: of naive merging, or with `recipe-` before it."""
-    role = "other" if repair.startswith("recipe-") else "naive"
-    return _Key(role, "interpolation", repair=repair.removeprefix("recipe-"))
+def _finetuned(row: Row) -> list[tuple[str, Number]]:
+    columns = COLUMNS | FURTHER_COLUMNS
+    return [
+        (key, number) for key, number in row.numbers.items() if key in columns and columns[key].stage != "zero-shot"
+    ]
 
 
 def _place(row: Row) -> float:
@@ -285,7 +238,7 @@ def _kept_curve(cells: Sequence[Cell], recipe: Row) -> list[KeptPoint]:
     return points
 
 
-def _variants(cells: list[Cell]) -> list[tuple[str, list[Cell]]]:
+def _split(cells: list[Cell]) -> list[tuple[str, list[Cell]]]:
     """Split a model's cells where one random seed has a number twice, by what differs between them."""
     if not find_clash(cells):
         return [("", cells)]
@@ -310,8 +263,8 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _row(key: _Key, variant: str, cells: list[Cell]) -> Row:
-    role, method, control, repair = key
+def _row(key: Key, aspects: str, cells: list[Cell]) -> Row:
+    role, method, control, repair, variant = key
     found = averages(cells)
     columns = COLUMNS | FURTHER_COLUMNS | (EXTRA_COLUMNS if control == "untrained" else {})
     numbers: dict[str, Number] = {}
@@ -320,22 +273,29 @@ def _row(key: _Key, variant: str, cells: list[Cell]) -> Row:
             if number := found.get((column.stage, dataset, column.task, column.metric)):
                 numbers.setdefault(name, number)
     settings: dict[str, list[Any]] = {}
+    having: dict[str, list[set[int]]] = {}  # random seeds, by the place of a value
     for cell in cells:
         for name, value in cell.settings.items():
-            if name not in NO_SETTINGS and value not in settings.setdefault(name, []):
+            if name in NO_SETTINGS:
+                continue
+            if value not in settings.setdefault(name, []):
                 settings[name].append(value)
+                having.setdefault(name, []).append(set())
+            having[name][settings[name].index(value)].add(cell.random_seed)
     recalls: dict[str, dict[str, Number]] = {}
     for (stage, dataset, _, metric), number in found.items():
         if metric in RECALLS and dataset in COLUMNS[ZERO_SHOT].datasets:
             recalls.setdefault(stage, {})[metric] = number
-    name = _name(key)
+    name = name_of(key)
     return Row(
-        name=f"{name} ({variant})" if variant else name,
+        name=f"{name} ({aspects})" if aspects else name,
         role=role,
         method=method,
         control=control,
         repair=repair,
+        variant=variant,
         settings=settings,
+        chosen={name: list(map(len, seeds)) for name, seeds in having.items()},
         parameters=next((number.parameters for number in numbers.values()), None),
         numbers=numbers,
         gains={},
@@ -345,20 +305,6 @@ def _row(key: _Key, variant: str, cells: list[Cell]) -> Row:
         recalls=recalls,
         distances=_distances(cells),
     )
-
-
-def _name(key: _Key) -> str:
-    role, method, control, repair = key
-    if control:
-        return CONTROLS.get(control, control)
-    if role == "agnostic":
-        return "Modality-agnostic (baseline)"
-    if role == "specific":
-        return "Modality-specific"
-    name = "Naive merging" if role == "naive" else "Recipe"
-    if (role, method) != ("naive", "interpolation"):
-        name += f", {method}"
-    return f"{name}, {REPAIRS.get(repair, repair)}" if repair else name
 
 
 def _chance(cells: list[Cell]) -> dict[str, float]:
@@ -384,10 +330,10 @@ def _distances(cells: list[Cell]) -> dict[str, dict[str, Number]]:
             for metric in cell.distances.get(kind, {}):
                 first.setdefault((kind, metric), {}).setdefault(cell.random_seed, cell)
     numbers: dict[str, dict[str, Number]] = {}
-    for (kind, metric), by_seed in first.items():
-        values = {seed: float(cell.distances[kind][metric]) for seed, cell in by_seed.items()}
-        ids = [cell.id for cell in by_seed.values()]
-        numbers.setdefault(kind, {})[metric] = new_number(values, ids, next(iter(by_seed.values())).parameters)
+    for (kind, metric), cell_of in first.items():
+        values = {seed: float(cell.distances[kind][metric]) for seed, cell in cell_of.items()}
+        ids = [cell.id for cell in cell_of.values()]
+        numbers.setdefault(kind, {})[metric] = new_number(values, ids, next(iter(cell_of.values())).parameters)
     return numbers
 
 
@@ -397,10 +343,10 @@ def _compared(row: Row, naive: Row, baseline: Row, recipe: Row) -> Row:
         return row
     positions = {}
     if row is not naive and row is not baseline:
-        for column, number in row.numbers.items():
+        for column in row.numbers:
             if column in naive.numbers and column in baseline.numbers:
-                ends = (_by_seed(end.numbers[column]) for end in (naive, baseline))
-                if position := _position(_by_seed(number), *ends):
+                own, low, high = (by_seed(model.numbers[column]) for model in (row, naive, baseline))
+                if position := _position(own, low, high):
                     positions[column] = position
     return dataclasses.replace(row, gains=_paired(row, naive), differences=_paired(row, recipe), positions=positions)
 
@@ -409,30 +355,19 @@ def _paired(row: Row, other: Row) -> dict[str, Number]:
     """Take the differences of two models over the random seeds that both have, by column."""
     if row is other:
         return {}
-    differences = {}
-    for column, number in row.numbers.items():
-        if column in other.numbers:
-            own, theirs = _by_seed(number), _by_seed(other.numbers[column])
-            if paired := {seed: own[seed] - theirs[seed] for seed in own if seed in theirs}:
-                ids = [*number.cells, *other.numbers[column].cells]
-                differences[column] = new_number(paired, ids, number.parameters)
-    return differences
+    found = {key: difference(row.numbers[key], other.numbers[key]) for key in row.numbers if key in other.numbers}
+    return {key: number for key, number in found.items() if number}
 
 
-def _by_seed(number: Number) -> dict[int, float]:
-    return dict(zip(number.random_seeds, number.values, strict=True))
+_BySeed = Mapping[int, tuple[float, str]]
 
 
-# Points that the baseline must lie above naive merging, or a position between them says nothing.
-LEAST_REACH = 5.0
-
-
-def _position(own: dict[int, float], low: dict[int, float], high: dict[int, float]) -> Position | None:
+def _position(own: _BySeed, low: _BySeed, high: _BySeed) -> Position | None:
     seeds = [seed for seed in own if seed in low and seed in high]
-    reach = [high[seed] - low[seed] for seed in seeds]
+    reach = [high[seed][0] - low[seed][0] for seed in seeds]
     if not seeds or sum(reach) < LEAST_REACH * len(seeds):
         return None
-    gained = [own[seed] - low[seed] for seed in seeds]
+    gained = [own[seed][0] - low[seed][0] for seed in seeds]
     each = [100 * part / whole for part, whole in zip(gained, reach, strict=True) if whole > 0]
     complete = len(each) == len(seeds)
     return Position(
@@ -441,53 +376,3 @@ def _position(own: dict[int, float], low: dict[int, float], high: dict[int, floa
         high=max(each) if complete else None,
         num_seeds=len(seeds),
     )
-
-
-def _missing(rows: list[Row], random_seeds: tuple[int, ...], columns: Mapping[str, Column]) -> list[str]:
-    missing = []
-    for row in rows:
-        if row.control:
-            if not row.numbers and row.control in CONTROLS:
-                missing.append(f"control: {row.name}")
-            continue
-        for key, column in columns.items():
-            if key in FURTHER_COLUMNS and (row.repair or (row.role, row.method) not in MAIN_ROWS[:-1]):
-                continue  # those are measured on what every study has
-            found = _seeds_of(row.numbers.get(key))
-            missing += _missing_seeds(f"{row.name}: {column.title}", found, random_seeds)
-    return missing
-
-
-def _missing_points(
-    curve: Sequence[KeptPoint], random_seeds: tuple[int, ...], keep_fractions: Iterable[float]
-) -> list[str]:
-    numbers = {point.keep_fraction: point.number for point in curve if point.keep_fraction}
-    missing = []
-    for fraction in sorted({*numbers, *keep_fractions}):
-        missing += _missing_seeds(f"partly merged, {fraction:g} kept", _seeds_of(numbers.get(fraction)), random_seeds)
-    return missing
-
-
-def _missing_sets(cells: Sequence[Cell], random_seeds: tuple[int, ...], expert_sets: Iterable[str]) -> list[str]:
-    """Name the expert sets that lack their unmerged or their merged result."""
-    measured: dict[str, list[int]] = {name: [] for name in expert_sets}
-    measured |= {str(cell.settings[SET_SETTING]): [] for cell in cells}
-    for point in points(cells):
-        measured[point.expert_set].append(point.random_seed)
-    missing = []
-    for name, found in measured.items():
-        missing += _missing_seeds(f"expert set {name}", found, random_seeds)
-    return missing
-
-
-def _missing_seeds(what: str, found: Sequence[int], random_seeds: tuple[int, ...]) -> list[str]:
-    if not found:
-        return [what]
-    absent = [str(seed) for seed in random_seeds if seed not in found]
-    if not absent:
-        return []
-    return [f"{what}, {'random seed' if len(absent) == 1 else 'random seeds'} {', '.join(absent)}"]
-
-
-def _seeds_of(number: Number | None) -> tuple[int, ...]:
-    return () if number is None else number.random_seeds
