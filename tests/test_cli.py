@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import micro
 import pytest
@@ -421,9 +420,8 @@ def test_a_step_that_is_not_finite_ends_a_study(call, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("whom", ["all", "worker"])
-def test_an_interrupted_study_ends_and_goes_on(tmp_path, whom):
-    """Ctrl-C reaches every process of the terminal; a worker may also be killed by the kernel, for memory."""
+def test_an_interrupted_study_ends_and_goes_on(tmp_path):
+    """Ctrl-C reaches every process of the terminal."""
     words = [sys.executable, "-m", "modalmerge.cli", "study", "tiny", "-o", str(tmp_path / "run"), *CHANGES]
     many = [*words, "--set", "pretraining.num_steps=2000"]
     process = subprocess.Popen(many, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -432,17 +430,9 @@ def test_an_interrupted_study_ends_and_goes_on(tmp_path, whom):
     while len(list(notes.glob("*/last.ckpt"))) < 2:
         assert process.poll() is None and time.monotonic() - begun < 120
         time.sleep(0.1)
-    if whom == "all":
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-        os.kill(int(workers[0]), signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    if whom == "all":
-        assert process.returncode == 130 and "interrupted; the same command goes on from here" in err
-    else:
-        assert process.returncode == 1 and "error: a worker of the study in" in err and "0-seed" in err
+    assert process.returncode == 130 and "interrupted; the same command goes on from here" in err
     assert "jobs" not in os.listdir(tmp_path / "run") or "0-seed" not in os.listdir(tmp_path / "run" / "jobs")
     code = subprocess.run([*many, "--budget", "0"], capture_output=True, text=True)
     assert code.returncode == 0 and "jobs are left" in code.stdout  # nobody holds the folder

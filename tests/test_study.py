@@ -44,7 +44,7 @@ def test_every_job_comes_after_what_it_needs(random_seeds):
         assert set(job.needs) <= known and job.id not in known
         known.add(job.id)
         assert job.kind in jobs_module.KINDS and job.weight > 0
-        assert job.random_seed in (*random_seeds, 0)
+        assert job.random_seed in random_seeds
         needed = {need.partition("-")[0] for need in job.needs} - {"data"}
         assert needed <= {str(job.random_seed)}  # repetitions share the data alone
     of_one = plan(load_preset("tiny"))
@@ -316,7 +316,8 @@ def test_further_repetitions_are_added(jobs, tmp_path):
     jobs.began.clear()
     outcome = run_study(micro.preset(random_seeds="[0, 1]"), tmp_path, command="modalmerge study", workers=2)
     assert {name.partition("-")[0] for name, _ in jobs.began} == {"1"}
-    assert outcome.cells[: len(ALL)] == first.cells and len(outcome.cells) == 2 * len(ALL) - 1
+    controls = [name for name in ALL if "scratch-" in name or "-only-" in name]  # for the first random seed alone
+    assert outcome.cells[: len(ALL)] == first.cells and len(outcome.cells) == 2 * len(ALL) - 1 - len(controls)
     with pytest.raises(ValueError, match=r"random_seeds: there \[0, 1\], now \[0\]"):
         drive(tmp_path)
 
@@ -324,14 +325,19 @@ def test_further_repetitions_are_added(jobs, tmp_path):
 def test_further_methods_are_added(jobs, tmp_path):
     first = drive(tmp_path)
     jobs.began.clear()
-    more = {"methods": "ties", "repairs": "healed", "keep_fractions": "[0.5]"}
+    more = {"methods": "ties", "repairs": "healed", "keep_fractions": "[0.5]", "finetuned": "ties,healed"}
     outcome = run_study(micro.preset(**more), tmp_path, command="modalmerge study", workers=2)
     models = ("recipe-ties", "naive-healed")
     wanted = {f"0-{name}{rest}" for name in models for rest in ("", "-vqa", "-retrieval")} | {"0-recipe-kept-0.5"}
     assert {name for name, _ in jobs.began} == wanted
     assert {cell.id for cell in outcome.cells} == {cell.id for cell in first.cells} | wanted
     jobs.began.clear()
-    more |= {"methods": "ties,dare", "keep_fractions": "[0.5, 0.75]", "random_seeds": "[0, 1]"}
+    more |= {
+        "methods": "ties,dare",
+        "finetuned": "ties,healed,dare",
+        "keep_fractions": "[0.5, 0.75]",
+        "random_seeds": "[0, 1]",
+    }
     run_study(micro.preset(**more), tmp_path, command="modalmerge study", workers=2)
     assert {name for name, _ in jobs.began if name[0] == "0"} == {
         "0-recipe-dare", "0-recipe-dare-vqa", "0-recipe-dare-retrieval", "0-recipe-kept-0.75"
@@ -352,7 +358,7 @@ def test_a_study_of_before_there_were_further_methods_is_gone_on_with(jobs, tmp_
     assert drive(tmp_path).cells == first.cells and not jobs.began
     path.write_text(json.dumps({key: value for key, value in there.items() if key not in later}))
     more = micro.preset(methods="ties", healing__num_steps="7")
-    assert len(run_study(more, tmp_path, command="").cells) == len(ALL) + 3
+    assert len(run_study(more, tmp_path, command="").cells) == len(ALL) + 1
     assert json.loads(path.read_text()) == to_dict(more)
 
 
@@ -429,7 +435,7 @@ def test_the_study_measures_every_row(study):
         row = ROWS[cell.id.split("/")[2]]
         assert (cell.role, cell.method) == (row.role, row.method)
         assert cell.settings.get("control", "") == row.control
-        assert cell.base_fraction == (0.5 if row.initialisation == "seed" else 0)
+        assert cell.base_fraction == (0.5 if row.has_seed else 0)
         assert 0 <= cell.value <= 100 and cell.dataset == "scenes"
 
 

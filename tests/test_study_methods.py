@@ -52,7 +52,7 @@ def study(tmp_path_factory):
         run = tmp_path_factory.mktemp("study") / "run"
         tuned = ("1-recipe-dare-vqa", "1-naive-healed-vqa")
         left_out = ("1-agnostic", "1-recipe-arithmetic")
-        preset = micro.preset(methods="regmean,dare", **SHORT)
+        preset = micro.preset(methods="regmean,dare", **SHORT, finetuned="dare,healed")
         yield run, run_some(run, preset, lambda x: x.id in tuned or (x.kind != "finetune" and x.id not in left_out))
 
 
@@ -65,7 +65,12 @@ def test_further_methods_are_measured_like_the_recipe(study):
     recipe = zero_shot(cells, "recipe-interpolation")
     for method in ("regmean", "dare"):
         cell = zero_shot(cells, f"recipe-{method}")
-        assert (cell.role, cell.method, cell.initialisation, cell.architecture) == ("other", method, "seed", "agnostic")
+        assert (cell.role, cell.method, cell.initialisation, cell.architecture) == (
+            "other",
+            method,
+            "random",
+            "agnostic",
+        )
         assert (cell.steps, cell.parameters, cell.base_fraction) == (recipe.steps, recipe.parameters, 0.5)
         tried = [c for c in cells.values() if c.split == "validation" and c.method == method]
         assert [c.settings for c in tried] == [dict(settings) for settings in CANDIDATES[method]]
@@ -149,7 +154,7 @@ def test_masks_are_drawn_anew_for_every_repetition(study, monkeypatch):
         return merge_tensors(*tensors, settings=settings, **others)
 
     monkeypatch.setattr(jobs_module, "merge_tensors", noting)
-    preset = micro.preset(methods="regmean,dare", **SHORT)
+    preset = micro.preset(methods="regmean,dare", **SHORT, finetuned="dare,healed")
     context = Context(run=run, preset=preset, commit="", command="", num_threads=1)
     job = next(job for job in plan(preset) if job.id == "1-recipe-dare")
     target = context.folder(job.id)

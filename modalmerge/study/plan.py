@@ -143,7 +143,7 @@ def plan(preset: Preset) -> list[Job]:
 
     Long chains come first, so that two workers end at about the same time.
     """
-    jobs = [Job(id="data", kind="data", random_seed=0, weight=0.05 * preset.pretraining.num_steps)]
+    jobs = [Job(id="data", kind="data", random_seed=preset.random_seeds[0], weight=0.05 * preset.pretraining.num_steps)]
     for random_seed in preset.random_seeds:
         jobs += _one_repetition(preset, random_seed)
     assert len({job.id for job in jobs}) == len(jobs), "a job's id is its folder"
@@ -152,7 +152,7 @@ def plan(preset: Preset) -> list[Job]:
 
 def pieces(preset: Preset) -> list[str]:
     """Name the parts of a study that can be run by themselves: a random seed with an initialisation, `3/images`."""
-    return [f"{random_seed}/{first}" for random_seed in preset.random_seeds for first in preset.initialisations]
+    return list(dict.fromkeys(job.piece for job in plan(preset) if job.kind != "data"))
 
 
 def of_piece(jobs: Sequence[Job], piece: str) -> list[Job]:
