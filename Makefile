@@ -2,11 +2,19 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-shapes check bench bench-merge bench-methods bench-distance bench-pretrain clean
+.PHONY: demo study test test-slow test-shapes check bench bench-merge bench-methods bench-distance bench-pretrain clean
 
 demo: $(STAMP)
 	.venv/bin/modalmerge study tiny
 	@echo "report: runs/tiny/report.html"
+
+# the grid of docs/findings.md on two cores; 75 minutes at most, then the same target goes on
+STUDY := --set random_seeds=[0,1,2,3,4] --set tasks=retrieval,vqa,nlvr2,postcards,segmentation --set methods=all \
+	--set variants=all --set repairs=healed,continued,recipe-healed --set finetuned=regmean,used --set grid=star \
+	--set architectures=specific,attention,ffn,norms --set seed_fractions=[0,0.25,0.5,0.75] \
+	--set initialisations=random,images --set finetuning_lengths=[0.25,0.5]
+study: $(STAMP)
+	.venv/bin/modalmerge study tiny $(STUDY) --budget 75 -o runs/study
 
 test: $(STAMP)
 	.venv/bin/python -m pytest -q
