@@ -12,7 +12,7 @@ demo: $(STAMP)
 STUDY := --set random_seeds=[0,1,2,3,4] --set tasks=retrieval,vqa,nlvr2,postcards,segmentation --set methods=all \
 	--set variants=all --set repairs=healed,continued,recipe-healed --set finetuned=regmean,used --set grid=star \
 	--set architectures=specific,attention,ffn,norms --set seed_fractions=[0,0.25,0.5,0.75] \
-	--set initialisations=random,images --set finetuning_lengths=[0.25,0.5]
+	--set initialisations=random,images --set finetuning_lengths=[0.25,0.5] --set length_tasks=retrieval,vqa,postcards
 study: $(STAMP)
 	.venv/bin/modalmerge study tiny $(STUDY) --budget 75 -o runs/study
 

@@ -27,8 +27,10 @@ from rich.console import Console
 
 from modalmerge.outcomes import points
 from modalmerge.report import markdown, summarise, table, write_report
+from modalmerge.report.columns import ZERO_SHOT
 from modalmerge.report.numbers import t_quantile
 from modalmerge.report.outcomes import relate, tell, title_of
+from modalmerge.report.rows import changed_row, changes
 from modalmerge.report.summary import retrieval_chance
 
 
@@ -463,3 +465,29 @@ def test_importing_the_report_loads_neither_torch_nor_plotly():
     loaded = set(done.stdout.split())
     assert "modalmerge.report.page" in loaded
     assert not loaded & {"torch", "plotly", "numpy", "scipy", "transformers"}
+
+
+def test_alignment_is_held_against_the_same_experts_unaligned():
+    aligned = [cell for cell in repair_cells() if cell.settings["repair"] == "aligned"]
+    unseeded = [
+        dataclasses.replace(
+            cell, id=cell.id + "/unseeded", value=cell.value - 2, settings={**cell.settings, "repair": "unseeded"}
+        )
+        for cell in aligned
+    ]
+    summary = summarise([*study_cells(), *aligned, *unseeded])
+    rows = {row.repair: row for row in summary.repairs}
+    assert changes(rows["aligned"])[ZERO_SHOT].mean == pytest.approx(2)
+    assert changed_row(summary, rows["aligned"]) is rows["unseeded"]
+
+
+def test_a_set_that_lacks_one_of_its_methods_is_missing():
+    cells = expert_set_cells()
+    assert not summarise(cells, set_methods=["interpolation"], tasks=["retrieval"]).missing[-1].startswith("expert set")
+    assert any("expert set" in text for text in summarise(cells, set_methods=["interpolation", "regmean"]).missing)
+
+
+def test_tasks_that_were_not_asked_for_have_no_column():
+    summary = summarise([], tasks=["retrieval"], finetuning_lengths=[0.5], length_tasks=["retrieval", "vqa"])
+    assert list(summary.columns) == ["zero-shot retrieval", "fine-tuned retrieval"]
+    assert not any("VQA" in text for text in summary.missing)

@@ -228,9 +228,8 @@ def test_differences_are_told_in_words():
 
 def test_the_share_of_the_seed_in_words_and_numbers():
     text = markdown_factors(all_cells(grid="star"))
-    assert (
-        "From 0 % to 75 % the merged model gains 39.0 ± 4.9 points; the unmerged experts cannot be told apart" in text
-    )
+    told = "From 0 % to 75 % the merged model gains 39.0 ± 4.9 points; the unmerged model does not change by an amount"
+    assert told in text
     assert (
         "held against the recipe’s 50 %: higher with 75 % (+13.0 ± 1.6) and the baseline (+11.0 ± 1.2); lower" in text
     )

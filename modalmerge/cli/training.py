@@ -114,6 +114,7 @@ def study(
         finetuning_lengths=resolved.finetuning_lengths,
         length_tasks=resolved.length_tasks,
         initialisations=resolved.initialisations,
+        set_methods=resolved.set_methods,
     )
     done = (outcome.num_finished, outcome.num_jobs)
     seconds = round(outcome.seconds, 1)

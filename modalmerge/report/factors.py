@@ -211,7 +211,7 @@ def listed(names: Sequence[str]) -> str:
 def _change(number: Number) -> str:
     """Say how a number changed: "gains 40.1 ± 3.0 points"."""
     if is_told(number) is False:
-        return f"cannot be told apart ({format_number(number, signed=True)} points)"
+        return f"does not change by an amount that can be told ({format_number(number, signed=True)} points)"
     verb = "gains" if number.mean > 0 else "loses"
     if number.half_width is None:
         return f"{verb} {abs(number.mean):.1f} points (one random seed)"
@@ -256,7 +256,7 @@ def _shares(factors: Factors) -> Block | None:
     first, last = places[0], places[-1]
     changes = [
         f"{who} {_change(number)}"
-        for key, who in ((MERGED, "the merged model"), (UNMERGED, "the unmerged experts"))
+        for key, who in ((MERGED, "the merged model"), (UNMERGED, "the unmerged model"))
         if (number := factors.against(last, key, first)) is not None
     ]
     told = (
@@ -334,7 +334,7 @@ def _initialisations(factors: Factors) -> Block | None:
         return None
     told = (
         "The very first weights, before any pre-training on pairs, are random or were trained to classify images, a "
-        "stand-in for BEiT’s."
+        "stand-in for BEiT’s; those steps come on top of all others."
     )
     for key, what, more, less in VERDICTS:
         compared = {percent(one.seed_fraction): factors.against(other, key, one) for one, other in pairs}

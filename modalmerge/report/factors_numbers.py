@@ -97,10 +97,11 @@ def read_factors(cells: Iterable[Cell]) -> Factors | None:
     plain = [cell for cell in tested if not any(name in cell.settings for name in VARIATIONS)]
     baseline = [cell for cell in plain if cell.role == "agnostic"]
     methods = {method for own in numbers.values() for method in own} - {UNMERGED, MERGED, DROP}
+    recipe = _recipe(list(numbers), plain)
     return Factors(
         numbers=numbers,
-        baseline=average(baseline) if baseline else None,
-        recipe=_recipe(list(numbers), plain),
+        baseline=average(baseline) if baseline and recipe.initialisation == "random" else None,  # it is random itself
+        recipe=recipe,
         methods=tuple(sorted(methods)),
     )
 

@@ -93,7 +93,9 @@ def missing_points(
     return missing
 
 
-def missing_sets(cells: Iterable[Cell], random_seeds: tuple[int, ...], expert_sets: Iterable[str]) -> list[str]:
+def missing_sets(
+    cells: Iterable[Cell], random_seeds: tuple[int, ...], expert_sets: Iterable[str], methods: Iterable[str]
+) -> list[str]:
     """Name the expert sets that lack their unmerged or a merged result."""
     measured: dict[str, dict[str, set[int]]] = {name: {} for name in expert_sets}
     for cell in cells:
@@ -102,7 +104,7 @@ def missing_sets(cells: Iterable[Cell], random_seeds: tuple[int, ...], expert_se
             by_method.setdefault(cell.method, set()).add(cell.random_seed)
     missing = []
     for name, by_method in measured.items():
-        complete = len(by_method) > 1 and "none" in by_method
+        complete = len(by_method) > 1 and {"none", *methods} <= set(by_method)
         found = sorted(set.intersection(*by_method.values())) if complete else []
         missing += _missing_seeds(f"expert set {name}", found, random_seeds)
     return missing

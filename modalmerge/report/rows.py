@@ -72,6 +72,7 @@ class Row:
         variant: which other way of merging by the same mechanisms this is, or "".
         settings: name of a setting to its different values, in the order in which they were met.
         chosen: name of a setting to the number of random seeds that have each of these values.
+        num_seeds: random seeds that have any number of this model.
         parameters: of the model in the first column that has a number (heads differ between tasks), or None.
         numbers: column key to number; columns that were not measured are left out.
         gains: column key to the mean difference to naive merging, paired over random seeds.
@@ -91,6 +92,7 @@ class Row:
     variant: str
     settings: dict[str, list[Any]]
     chosen: dict[str, list[int]]
+    num_seeds: int
     parameters: int | None
     numbers: dict[str, Number]
     gains: dict[str, Number]
@@ -205,6 +207,8 @@ def find_row(summary: Summary, role: str, method: str = "") -> Row:
 
 def changed_row(summary: Summary, row: Row) -> Row:
     """Find the model that a repair or a variant is to be held against."""
+    if row.repair == "aligned":
+        return next((other for other in summary.repairs if other.repair == "unseeded"), row)
     if row.role == "naive":
         return find_row(summary, "naive", "interpolation")
     return find_row(summary, "recipe", "arithmetic" if row.variant == "ancestor" else "interpolation")
@@ -214,7 +218,7 @@ def changes(row: Row) -> dict[str, Number]:
     """Give the differences of a repair or variant to that model, by column; of others none."""
     if not (row.repair or row.variant):
         return {}
-    return row.gains if row.role == "naive" else row.differences
+    return row.gains if row.role == "naive" and row.repair != "aligned" else row.differences
 
 
 def compared_rows(summary: Summary) -> tuple[Row, ...]:

@@ -98,6 +98,7 @@ class Run:
             "finetuning_lengths": (int, float),
             "length_tasks": (str,),
             "initialisations": (str,),
+            "set_methods": (str,),
         }
         asked = {name: self._list(name, *kind) for name, kind in kinds.items()}
         if "finetuned" in self.preset:  # older studies fine-tuned everything

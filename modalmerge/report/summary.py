@@ -61,6 +61,7 @@ def summarise(
     finetuning_lengths: Iterable[float] = (),
     length_tasks: Iterable[str] = (),
     initialisations: Iterable[str] = (),
+    set_methods: Iterable[str] = (),
 ) -> Summary:
     """Average the test cells over random seeds and compare them with naive merging.
 
@@ -77,6 +78,7 @@ def summarise(
             but zero-shot numbers is missing; None where that was not said, for all but the variants.
         finetuning_lengths, length_tasks: factors on the steps of fine-tuning, and the tasks that they are for.
         initialisations: what the first weights are; the rows are of the first of them.
+        set_methods: what expert sets are merged by.
 
     Returns:
         The summary.
@@ -96,7 +98,11 @@ def summarise(
     groups |= {repair_key(repair): [] for repair in repairs}
     groups |= {variant_key(variant): [] for variant in variants}
     kept = [cell for cell in tested if KEPT_SETTING in cell.settings]
+    tasks = tuple(tasks)
     columns = _shown_columns(tested, tasks)
+    lengthened = set(length_tasks)
+    if tasks:
+        lengthened &= set(tasks)
     for cell in tested:
         if KEPT_SETTING not in cell.settings:
             groups.setdefault(key_of(cell), []).append(cell)
@@ -108,7 +114,9 @@ def summarise(
     by_key = {Key(row.role, row.method, row.control, row.repair, row.variant): row for row in reversed(rows)}
     naive, baseline = by_key[Key("naive", "interpolation")], by_key[Key("agnostic")]
     recipe, added = (by_key[Key("recipe", method)] for method in ("interpolation", "arithmetic"))
-    rows = [_compared(row, naive, baseline, added if row.variant == "ancestor" else recipe) for row in rows]
+    unseeded = by_key.get(Key("naive", "interpolation", repair="unseeded"), recipe)
+    held_against = {"ancestor": added, "aligned": unseeded}
+    rows = [_compared(row, naive, baseline, held_against.get(row.variant or row.repair, recipe)) for row in rows]
     plain = sorted((row for row in rows if not (row.control or row.repair or row.variant)), key=_place)
     curve = tuple(_kept_curve(kept, recipe))
     expected = Expected(columns, None if finetuned is None else frozenset(finetuned))
@@ -124,8 +132,8 @@ def summarise(
         missing=(
             *missing_numbers(rows, seeds, expected),
             *missing_points(curve, seeds, keep_fractions),
-            *missing_lengths(all_tested, seeds, columns, finetuning_lengths, set(length_tasks)),
-            *missing_sets(all_tested, seeds, expert_sets),
+            *missing_lengths(all_tested, seeds, columns, finetuning_lengths, lengthened),
+            *missing_sets(all_tested, seeds, expert_sets, set_methods),
         ),
         num_cells=len(cells),
     )
@@ -168,11 +176,12 @@ def retrieval_chance(num_images: int, num_captions: int) -> float:
 def _shown_columns(cells: Iterable[Cell], tasks: Iterable[str]) -> dict[str, Column]:
     """Take the columns that every study has, and those of further tasks that were measured or asked for."""
     measured = {(cell.stage, cell.dataset, cell.task, cell.metric) for cell in cells}
-    asked = set(tasks)
-    return COLUMNS | {
+    asked = set(tasks) or {key.split()[1] for key in COLUMNS}
+    return {
         key: column
-        for key, column in FURTHER_COLUMNS.items()
-        if key.split()[1] in asked
+        for key, column in (COLUMNS | FURTHER_COLUMNS).items()
+        if key == ZERO_SHOT
+        or key.split()[1] in asked
         or any((column.stage, dataset, column.task, column.metric) in measured for dataset in column.datasets)
     }
 
@@ -296,6 +305,7 @@ def _row(key: Key, aspects: str, cells: list[Cell]) -> Row:
         variant=variant,
         settings=settings,
         chosen={name: list(map(len, seeds)) for name, seeds in having.items()},
+        num_seeds=len({cell.random_seed for cell in cells}),
         parameters=next((number.parameters for number in numbers.values()), None),
         numbers=numbers,
         gains={},
@@ -368,7 +378,7 @@ def _position(own: _BySeed, low: _BySeed, high: _BySeed) -> Position | None:
     if not seeds or sum(reach) < LEAST_REACH * len(seeds):
         return None
     gained = [own[seed][0] - low[seed][0] for seed in seeds]
-    each = [100 * part / whole for part, whole in zip(gained, reach, strict=True) if whole > 0]
+    each = [100 * part / whole for part, whole in zip(gained, reach, strict=True) if whole >= LEAST_REACH]
     complete = len(each) == len(seeds)
     return Position(
         value=100 * sum(gained) / sum(reach),

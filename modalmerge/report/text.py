@@ -59,7 +59,8 @@ def format_settings(row: Row) -> str:
     for name, values in row.settings.items():
         if all(isinstance(value, (int, float, str)) for value in values):
             counted = [f"{value}\u00a0×{count}" for value, count in zip(values, row.chosen[name], strict=True)]
-            texts.append(f"{name} {', '.join(counted) if counted[1:] else values[0]}")
+            is_of_all = len(values) == 1 and row.chosen[name] == [row.num_seeds]
+            texts.append(f"{name} {values[0] if is_of_all else ', '.join(counted)}")
     return "; ".join(texts)
 
 

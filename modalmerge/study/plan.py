@@ -97,7 +97,7 @@ def describe(model: str) -> Row:
     What an expert set started from is not in its name, but in the arguments of its job. A length of fine-tuning behind
     a name (`agnostic-x0.25`) does not change what the model is.
     """
-    model = re.sub(rf"{LENGTH}[0-9.e-]+$", "", model)
+    model = re.sub(rf"{LENGTH}[0-9.e+-]+$", "", model)
     fixed = {**ROWS, **REPAIRED, **VARIED, **ALONE}
     if model in fixed:
         return fixed[model]

@@ -213,7 +213,10 @@ class Preset:
         _check_distinct("keep_fractions", self.keep_fractions)
         if not all(0 < fraction <= 1 for fraction in self.keep_fractions):
             raise ValueError(f"keep_fractions must be in (0, 1], got {list(self.keep_fractions)}")
-        _check_distinct("finetuning_lengths", self.finetuning_lengths)
+        _check_distinct("finetuning_lengths", tuple(f"{length:g}" for length in self.finetuning_lengths))
+        _check_distinct("length_tasks", self.length_tasks)
+        for target in self.length_tasks:
+            find(TARGETS, target, "task of length_tasks")
         if not all(0 < length < math.inf and length != 1 for length in self.finetuning_lengths):
             raise ValueError(
                 f"finetuning_lengths must be positive and not 1, which is measured anyway; got "
