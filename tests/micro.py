@@ -10,7 +10,8 @@ from modalmerge.data.arrays import CaptionArrays, LabelArrays, MaskArrays, Quest
 from modalmerge.data.contract import TaskData
 from modalmerge.data.text import build_tokenizer, encode
 from modalmerge.model import ModalMergeConfig, ModalMergeModel, expert_map
-from modalmerge.study.presets import Preset, apply_changes, load_preset
+from modalmerge.study.presets import Preset, load_preset
+from modalmerge.study.reading import apply_changes
 from modalmerge.study.targets import TARGETS
 from modalmerge.train.stages import initial_model
 

@@ -12,7 +12,7 @@ from quick_study import marked, weights
 from modalmerge.records import Cell, read_lines, to_json
 from modalmerge.study.gather import gather
 from modalmerge.study.plan import plan
-from modalmerge.study.presets import to_dict
+from modalmerge.study.reading import to_dict
 
 TWO = {"random_seeds": "[0, 1]", "initialisations": "random,images"}
 

@@ -19,7 +19,7 @@ from modalmerge.merge.procedures.passes import collect_statistics, own_inputs, r
 from modalmerge.merge.statistics import identify_tensors
 from modalmerge.model import change_config, expert_map, load
 from modalmerge.study.jobs import model_config
-from modalmerge.study.presets import to_dict
+from modalmerge.study.reading import to_dict
 from modalmerge.train.stages import initial_model, model_from, save
 
 LAYOUT = load_layout("modalmerge")

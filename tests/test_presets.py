@@ -9,7 +9,8 @@ from modalmerge.merge.procedures import OWN_SETTINGS
 from modalmerge.report.run import Run
 from modalmerge.study import PRESETS, apply_changes, load_preset, read_preset, to_dict
 from modalmerge.study.candidates import CANDIDATES, candidates
-from modalmerge.study.presets import BASIC_METHODS, REPAIRS, from_dict, what_differs
+from modalmerge.study.presets import BASIC_METHODS, REPAIRS
+from modalmerge.study.reading import from_dict, what_differs
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -275,3 +276,13 @@ def test_a_grid_may_change_as_long_as_it_keeps_the_expert_sets():
     assert what_differs(to_dict(star), cross, growing=growing) == []
     assert what_differs(to_dict(load_preset("tiny")), star, growing=growing) == []
     assert what_differs(to_dict(cross), star, growing=growing) == ["expert sets: there ffn-0-1 too"]
+
+
+def test_the_order_of_changes_does_not_matter():
+    changes = {"finetuned": "ties", "finetuning": "{}", "tasks": "[]", "length_tasks": "[]", "methods": "ties"}
+    one, other = (
+        apply_changes(load_preset("tiny"), dict(pairs)) for pairs in (changes.items(), [*changes.items()][::-1])
+    )
+    assert one == other and one.finetuned == one.methods == ("ties",)
+    with pytest.raises(ValueError, match="finetuned: 'dare' is none of the study's methods"):
+        apply_changes(load_preset("tiny"), {"finetuned": "dare", "methods": "ties"})

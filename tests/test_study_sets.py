@@ -12,7 +12,8 @@ from modalmerge.records import Cell
 from modalmerge.study import driver as driver_module
 from modalmerge.study.jobs import Context, run_job, split_data
 from modalmerge.study.plan import plan
-from modalmerge.study.presets import apply_changes, load_preset
+from modalmerge.study.presets import load_preset
+from modalmerge.study.reading import apply_changes
 
 torch.set_num_threads(1)
 

@@ -80,7 +80,7 @@ def study(
         raise ValueError(f"--devices, --nodes and --strategy are for preset paper; {preset} takes --workers")
     if data or init or tokenizer:
         raise ValueError(f"--data, --init and --tokenizer are for preset paper; {preset} is about the embedded world")
-    from modalmerge.study.presets import to_dict
+    from modalmerge.study.reading import to_dict
     from modalmerge.study.workers import read_workers
 
     resolved, chosen_workers = resolve_preset(preset, changes), read_workers(2 if workers is None else workers)
@@ -437,7 +437,8 @@ def _show_outlook(outlook: Any, output: Path | None, as_json: bool) -> None:
 
 def resolve_preset(name: str, changes: list[str] | None) -> Any:
     quieten()
-    from modalmerge.study.presets import apply_changes, load_preset, read_preset
+    from modalmerge.study.presets import load_preset
+    from modalmerge.study.reading import apply_changes, read_preset
 
     preset = read_preset(Path(name)) if name.endswith((".yaml", ".yml", ".json")) else load_preset(name)
     return apply_changes(preset, _pairs(changes))

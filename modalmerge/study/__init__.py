@@ -1,7 +1,8 @@
 """The study: which factors decide what is left of a model after its experts are merged."""
 
 from modalmerge.study.driver import Outcome, run_study
-from modalmerge.study.presets import PRESETS, Preset, apply_changes, load_preset, read_preset, to_dict
+from modalmerge.study.presets import PRESETS, Preset, load_preset
+from modalmerge.study.reading import apply_changes, read_preset, to_dict
 
 __all__ = [
     "PRESETS",

@@ -21,7 +21,8 @@ from modalmerge.study.display import Display
 from modalmerge.study.folders import CELLS, Context
 from modalmerge.study.jobs import model_config
 from modalmerge.study.plan import LEAVES_WEIGHTS, Job, of_piece, pieces, plan
-from modalmerge.study.presets import GROWING, Preset, to_dict, what_differs
+from modalmerge.study.presets import GROWING, Preset
+from modalmerge.study.reading import to_dict, what_differs
 from modalmerge.study.removal import is_removed, remove_weights
 from modalmerge.study.version import code_version
 from modalmerge.study.workers import open_workers, read_workers

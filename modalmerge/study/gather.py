@@ -11,7 +11,8 @@ from modalmerge.checkpoint import atomic_folder
 from modalmerge.records import Cell, read_lines, to_json
 from modalmerge.study.driver import CELLS_FILE, PRESET_FILE, job_cells, preset_differences, write_preset
 from modalmerge.study.plan import plan
-from modalmerge.study.presets import GROWING, Preset, from_dict, to_dict
+from modalmerge.study.presets import GROWING, Preset
+from modalmerge.study.reading import from_dict, to_dict
 from modalmerge.study.removal import WEIGHTS, is_removed, mark_removed
 
 WHICH_CALL = ("commit", "command")  # what may differ between equal cells

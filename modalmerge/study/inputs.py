@@ -7,7 +7,7 @@ from typing import Any
 
 from modalmerge.data.transforms import InputSettings
 from modalmerge.model import ModalMergeConfig
-from modalmerge.study.presets import apply_changes
+from modalmerge.study.reading import apply_changes
 
 INPUTS = "inputs.json"  # merging carries it over, as all small files of a model folder
 

@@ -35,8 +35,8 @@ from modalmerge.study.costs import FORMULA, Device
 from modalmerge.study.driver import CELLS_FILE, PRESET_FILE, code_version
 from modalmerge.study.inputs import read_inputs, write_inputs
 from modalmerge.study.plan import ROWS, describe
-from modalmerge.study.presets import apply_changes
 from modalmerge.study.public import Outlook, evaluate_public, find_set, finetune_recipe, look, pretrain_recipe
+from modalmerge.study.reading import apply_changes
 from modalmerge.study.recipes import RECIPES, Recipe, deciding_values
 from modalmerge.study.runs import MODEL, SETTINGS, is_finished, summary
 from modalmerge.tasks import TASKS

@@ -143,7 +143,7 @@ def plan(preset: Preset) -> list[Job]:
 
     Long chains come first, so that two workers end at about the same time.
     """
-    jobs = [Job(id="data", kind="data", random_seed=preset.random_seeds[0], weight=0.05 * preset.pretraining.num_steps)]
+    jobs = [Job(id="data", kind="data", random_seed=0, weight=0.05 * preset.pretraining.num_steps)]
     for random_seed in preset.random_seeds:
         jobs += _one_repetition(preset, random_seed)
     assert len({job.id for job in jobs}) == len(jobs), "a job's id is its folder"
@@ -161,9 +161,9 @@ def of_piece(jobs: Sequence[Job], piece: str) -> list[Job]:
     Raises:
         ValueError: no job is of that piece.
     """
-    known = {job.piece: None for job in jobs}
+    known = {job.piece: None for job in jobs if job.kind != "data"}  # of no random seed: pieces share it
     find(known, piece, "piece of the study")
-    wanted = {job.id for job in jobs if job.piece == piece}
+    wanted = {job.id for job in jobs if job.piece == piece and job.kind != "data"}
     for job in reversed(jobs):
         if job.id in wanted:
             wanted |= set(job.needs)

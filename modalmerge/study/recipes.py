@@ -17,7 +17,7 @@ from modalmerge.data.transforms import InputSettings
 from modalmerge.model import ARCHITECTURES, SIZES, ModalMergeConfig, size_config
 from modalmerge.registry import find
 from modalmerge.study.costs import Device
-from modalmerge.study.presets import apply_changes
+from modalmerge.study.reading import apply_changes
 from modalmerge.tasks import TASKS
 from modalmerge.train.settings import TrainSettings, deciding_settings
 

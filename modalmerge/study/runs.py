@@ -16,7 +16,7 @@ from modalmerge.checkpoint import atomic_file, atomic_folder
 from modalmerge.model import ModalMergeModel, load_model_folder
 from modalmerge.records import Result
 from modalmerge.study.inputs import ModelInputs, write_inputs
-from modalmerge.study.presets import from_dict, to_dict
+from modalmerge.study.reading import from_dict, to_dict
 from modalmerge.train.devices import on_first
 from modalmerge.train.settings import TrainSettings, differences
 from modalmerge.train.stages import save

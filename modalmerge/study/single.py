@@ -10,7 +10,8 @@ from modalmerge.model import ModalMergeConfig, ModalMergeModel, load
 from modalmerge.records import Result
 from modalmerge.registry import find
 from modalmerge.study.jobs import model_config, split_data
-from modalmerge.study.presets import Preset, to_dict
+from modalmerge.study.presets import Preset
+from modalmerge.study.reading import to_dict
 from modalmerge.study.runs import finish, is_finished, scratch_folder, summary, trained
 from modalmerge.study.targets import TARGETS
 from modalmerge.tasks import TASKS
