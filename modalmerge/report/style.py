@@ -27,6 +27,7 @@ p, .prose li { max-width: 46rem; }
 .note, figcaption { font-size: .9rem; }
 a { color: var(--accent); }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .85em; }
+code { overflow-wrap: anywhere; }
 pre {
   background: var(--panel); padding: .75rem 1rem; border-radius: 6px;
   white-space: pre-wrap; overflow-wrap: anywhere;
@@ -130,7 +131,7 @@ HEAT = """
 @media screen and (prefers-color-scheme: dark) {
   :root { --alike: #1d679f; --unrelated: #2f3237; --opposed: #a34f1b; --little: #2a2d31; --much: #6b4da3; }
 }
-code, .subtitle, .prose li { overflow-wrap: anywhere; }
+.subtitle, .prose li { overflow-wrap: anywhere; }
 .scale {
   display: block; position: relative; height: .6rem; border-radius: 3px; margin-bottom: .35rem;
   background: linear-gradient(to right, var(--colours)); print-color-adjust: exact; -webkit-print-color-adjust: exact;
