@@ -103,13 +103,7 @@ def factors_section(cells: Sequence[Cell], parts: Parts) -> str:
     Returns:
         The section; "" where no factor was varied.
     """
-    blocks = _blocks(cells)
-    if not blocks:
-        return ""
-    return (
-        f"<section><h2>{HEADING}</h2><p>{escape(INTRODUCTION)}</p>"
-        f'{"".join(html_block(block, parts) for block in blocks)}<p class="note">{escape(NOTE)}</p></section>'
-    )
+    return html_section(HEADING, INTRODUCTION, _blocks(cells), NOTE, parts)
 
 
 def markdown_factors(cells: Sequence[Cell]) -> str:
@@ -131,6 +125,16 @@ def markdown_factors(cells: Sequence[Cell]) -> str:
 
 
 # -- blocks as text, for sections of this kind ------------------------------------------------------------------
+
+
+def html_section(heading: str, introduction: str, blocks: Sequence[Block], note: str, parts: Parts) -> str:
+    """Lay blocks out as a section; "" where there are none."""
+    if not blocks:
+        return ""
+    shown = "".join(html_block(block, parts) for block in blocks)
+    return (
+        f'<section><h2>{heading}</h2><p>{escape(introduction)}</p>{shown}<p class="note">{escape(note)}</p></section>'
+    )
 
 
 def html_block(block: Block, parts: Parts) -> str:

@@ -8,10 +8,10 @@ from modalmerge.records import Cell
 from modalmerge.report import charts
 from modalmerge.report.columns import COLUMNS, FURTHER_COLUMNS, Column
 from modalmerge.report.factor_charts import Series, curves
-from modalmerge.report.factors import Block, Entry, Table, html_block, markdown_block, tell
+from modalmerge.report.factors import Block, Entry, Table, html_section, markdown_block, tell
 from modalmerge.report.factors_numbers import VARIATIONS, difference, is_told
 from modalmerge.report.numbers import Number, average
-from modalmerge.report.parts import Parts, escape
+from modalmerge.report.parts import Parts
 from modalmerge.report.text import markdown_text
 
 LENGTH_SETTING = "length"  # factor on the steps of fine-tuning, of cells of another one than 1
@@ -45,13 +45,7 @@ def lengths_section(cells: Sequence[Cell], parts: Parts) -> str:
     Returns:
         The section; "" where all were fine-tuned for one length.
     """
-    blocks = _blocks(cells)
-    if not blocks:
-        return ""
-    return (
-        f"<section><h2>{HEADING}</h2><p>{escape(INTRODUCTION)}</p>"
-        f'{"".join(html_block(block, parts) for block in blocks)}<p class="note">{escape(NOTE)}</p></section>'
-    )
+    return html_section(HEADING, INTRODUCTION, _blocks(cells), NOTE, parts)
 
 
 def markdown_lengths(cells: Sequence[Cell]) -> str:
