@@ -204,8 +204,8 @@ def pretrain_model(job: Job, context: Context, scratch: Path) -> None:
 def images_model(job: Job, context: Context, scratch: Path) -> None:
     """Train fresh weights to name what portraits show: a stand-in for BEiT, whose weights the paper starts from.
 
-    The steps are none of pre-training's, as BEiT's are none of the paper's. Of the weights that the authors' code loads
-    the last stage was classification as well (of ImageNet-22k).
+    The steps are none of pre-training's, as BEiT's are none of the paper's. Some of the weights that BEiT's authors
+    published had classification as their last stage as well (of ImageNet-22k).
     """
     preset, task = context.preset, "classification"
     fresh = initial_model(model_config(preset, "agnostic"), job.random_seed)
