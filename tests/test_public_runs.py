@@ -514,7 +514,7 @@ def test_the_study_measures_every_stage(whole):
         assert (role, method, "zero-shot", "retrieval", "test") in rows
         cell = rows[role, method, "fine-tuned", "vqa", "rest_val"]
         seeded = role in ("recipe", "other")
-        assert cell.base_fraction == (0.5 if seeded else 0) and cell.initialisation == ("seed" if seeded else "BEiT")
+        assert cell.base_fraction == (0.5 if seeded else 0) and cell.initialisation == "BEiT"
         assert cell.steps == (6 if seeded else 4), "its own two, and those of the stages before"
     assert rows["recipe", "interpolation", "zero-shot", "retrieval", "test"].settings == {"ratio": 0.5}
     sizes = {name: load(folder / "stages" / name / "model")[0].num_parameters() for name in ("agnostic", "experts")}
