@@ -1,6 +1,6 @@
 """A world and a model that train in milliseconds, for tests: every picture has one colour, every text names it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,11 @@ from modalmerge.data.arrays import CaptionArrays, LabelArrays, MaskArrays, Quest
 from modalmerge.data.contract import TaskData
 from modalmerge.data.text import build_tokenizer, encode
 from modalmerge.model import ModalMergeConfig, ModalMergeModel, expert_map
+from modalmerge.records import Cell
+from modalmerge.study.driver import job_cells
+from modalmerge.study.folders import Context
+from modalmerge.study.jobs import run_job
+from modalmerge.study.plan import Job
 from modalmerge.study.presets import Preset, load_preset
 from modalmerge.study.reading import apply_changes
 from modalmerge.study.targets import TARGETS
@@ -155,6 +160,16 @@ def _encode(rows: Sequence[Sequence[str]]) -> torch.Tensor:
     """Ids of equally many texts a row, [rows, texts, tokens]."""
     ids, _ = encode(TOKENIZER, [text for row in rows for text in row], max_length=8)
     return ids.view(len(rows), -1, ids.shape[1])
+
+
+def run_jobs(context: Context, jobs: Iterable[Job]) -> list[Cell]:
+    """Run jobs of a study one after the other, and return their cells."""
+    cells = []
+    for job in jobs:
+        run_job(job, context)
+        cells += [Cell(**values) for values in job_cells(context.folder(job.id))]
+    assert len({cell.id for cell in cells}) == len(cells)
+    return cells
 
 
 def files(folder: Path) -> set[str]:

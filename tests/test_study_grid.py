@@ -11,11 +11,10 @@ from modalmerge.evaluate import evaluate
 from modalmerge.layouts import load_layout
 from modalmerge.merge.apply import merge_tensors
 from modalmerge.model import load
-from modalmerge.records import Cell
 from modalmerge.study import apply_changes, load_preset
 from modalmerge.study.folders import Context
-from modalmerge.study.jobs import KINDS, run_job, split_data
-from modalmerge.study.plan import LEAVES_WEIGHTS, describe, of_piece, pieces, plan
+from modalmerge.study.jobs import KINDS, split_data
+from modalmerge.study.plan import LEAVES_WEIGHTS, describe, of_piece, pieces, plan, with_needs
 
 torch.set_num_threads(1)
 
@@ -103,8 +102,8 @@ def test_lengths_are_of_the_models_of_every_study():
 def test_pieces_are_the_whole_study_and_need_nothing_else():
     preset = grid(grid="star", tasks="all", methods="regmean", variants="all", finetuned="regmean")
     jobs = plan(preset)
-    assert pieces(preset) == ["0/random", "0/images", "3/random", "3/images"]
-    parts = {piece: of_piece(jobs, piece) for piece in pieces(preset)}
+    assert pieces(jobs) == ["0/random", "0/images", "3/random", "3/images"]
+    parts = {piece: of_piece(jobs, piece) for piece in pieces(jobs)}
     assert {job.id for part in parts.values() for job in part} == {job.id for job in jobs}
     for piece, part in parts.items():
         known: set[str] = set()
@@ -153,19 +152,7 @@ def study(tmp_path_factory):
         changes |= {"finetuning__vqa__num_steps": "4"}
         preset = micro.preset(**changes)
         context = Context(run=run, preset=preset, commit="", command="modalmerge study tiny", num_threads=1)
-        jobs = {job.id: job for job in plan(preset)}
-        wanted = [f"2-{name}" for name in WANTED]
-        for job in list(jobs.values())[::-1]:
-            if job.id in wanted:
-                wanted += job.needs
-        cells = []
-        for job in jobs.values():
-            if job.id in wanted:
-                run_job(job, context)
-                path = context.folder(job.id) / "cells.json"
-                cells += [Cell(**values) for values in json.loads(path.read_text())] if path.exists() else []
-        assert len({cell.id for cell in cells}) == len(cells)
-        yield context, cells
+        yield context, micro.run_jobs(context, with_needs(plan(preset), [f"2-{name}" for name in WANTED]))
 
 
 def weights(context, name):

@@ -10,9 +10,7 @@ from modalmerge.evaluate import evaluate
 from modalmerge.merge.procedures.alignment import align_experts
 from modalmerge.merge.statistics import identify_tensors, open_statistics
 from modalmerge.model import load
-from modalmerge.records import Cell
 from modalmerge.report import markdown, summarise
-from modalmerge.study import driver as driver_module
 from modalmerge.study import jobs as jobs_module
 from modalmerge.study.candidates import CANDIDATES
 from modalmerge.study.jobs import STATISTICS, Context, run_job, split_data
@@ -35,13 +33,7 @@ REPAIR_STEPS = {"naive-unseeded": 0, "naive-aligned": 0, "naive-healed": 2, "nai
 def run_some(run, preset, wanted):
     """Run the jobs that `wanted` picks, and return their cells by id."""
     context = Context(run=run, preset=preset, commit="", command="modalmerge study tiny", num_threads=1)
-    cells = []
-    for job in plan(preset):
-        if wanted(job):
-            run_job(job, context)
-            cells += [Cell(**values) for values in driver_module.job_cells(context.folder(job.id))]
-    assert len({cell.id for cell in cells}) == len(cells)
-    return {cell.id: cell for cell in cells}
+    return {cell.id: cell for cell in micro.run_jobs(context, filter(wanted, plan(preset)))}
 
 
 @pytest.fixture(scope="module")

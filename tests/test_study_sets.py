@@ -8,10 +8,8 @@ from modalmerge.distance.results import measure_tensors
 from modalmerge.evaluate import evaluate
 from modalmerge.layouts import load_layout
 from modalmerge.model import load
-from modalmerge.records import Cell
-from modalmerge.study import driver as driver_module
-from modalmerge.study.jobs import Context, run_job, split_data
-from modalmerge.study.plan import plan
+from modalmerge.study.jobs import Context, split_data
+from modalmerge.study.plan import plan, with_needs
 from modalmerge.study.presets import load_preset
 from modalmerge.study.reading import apply_changes
 
@@ -69,18 +67,8 @@ def study(tmp_path_factory):
         run = tmp_path_factory.mktemp("study") / "run"
         preset = micro.preset(**SETS, keep_fractions="[0.5]")
         context = Context(run=run, preset=preset, commit="", command="modalmerge study tiny", num_threads=1)
-        jobs = {job.id: job for job in plan(preset)}
         wanted = [f"2-set-{name}" for name in RUN_SETS] + ["2-recipe-kept-0.5", "2-naive-interpolation-vqa"]
-        for job in list(jobs.values())[::-1]:
-            if job.id in wanted:
-                wanted += job.needs
-        cells = []
-        for job in jobs.values():
-            if job.id in wanted:
-                run_job(job, context)
-                cells += [Cell(**values) for values in driver_module.job_cells(context.folder(job.id))]
-        assert len({cell.id for cell in cells}) == len(cells)
-        yield run, preset, cells
+        yield run, preset, micro.run_jobs(context, with_needs(plan(preset), wanted))
 
 
 def recall(cells, name):

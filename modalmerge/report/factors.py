@@ -115,13 +115,7 @@ def markdown_factors(cells: Sequence[Cell]) -> str:
     Returns:
         Text that ends with a newline; "" where no factor was varied.
     """
-    blocks = _blocks(cells)
-    if not blocks:
-        return ""
-    lines = ["", f"## {HEADING}", "", markdown_text(INTRODUCTION)]
-    for block in blocks:
-        lines += markdown_block(block)
-    return "\n".join([*lines, "", markdown_text(NOTE)]) + "\n"
+    return markdown_section(HEADING, INTRODUCTION, _blocks(cells), NOTE)
 
 
 # -- blocks as text, for sections of this kind ------------------------------------------------------------------
@@ -135,6 +129,16 @@ def html_section(heading: str, introduction: str, blocks: Sequence[Block], note:
     return (
         f'<section><h2>{heading}</h2><p>{escape(introduction)}</p>{shown}<p class="note">{escape(note)}</p></section>'
     )
+
+
+def markdown_section(heading: str, introduction: str, blocks: Sequence[Block], note: str) -> str:
+    """Write the same as Markdown that ends with a newline."""
+    if not blocks:
+        return ""
+    lines = ["", f"## {heading}", "", markdown_text(introduction)]
+    for block in blocks:
+        lines += markdown_block(block)
+    return "\n".join([*lines, "", markdown_text(note)]) + "\n"
 
 
 def html_block(block: Block, parts: Parts) -> str:

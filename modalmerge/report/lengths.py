@@ -8,11 +8,10 @@ from modalmerge.records import Cell
 from modalmerge.report import charts
 from modalmerge.report.columns import COLUMNS, FURTHER_COLUMNS, Column
 from modalmerge.report.factor_charts import Series, curves
-from modalmerge.report.factors import Block, Entry, Table, html_section, markdown_block, tell
+from modalmerge.report.factors import Block, Entry, Table, html_section, markdown_section, tell
 from modalmerge.report.factors_numbers import VARIATIONS, difference, is_told
 from modalmerge.report.numbers import Number, average
 from modalmerge.report.parts import Parts
-from modalmerge.report.text import markdown_text
 
 LENGTH_SETTING = "length"  # factor on the steps of fine-tuning, of cells of another one than 1
 HEADING = "Length of fine-tuning"
@@ -57,13 +56,7 @@ def markdown_lengths(cells: Sequence[Cell]) -> str:
     Returns:
         Text that ends with a newline; "" where all were fine-tuned for one length.
     """
-    blocks = _blocks(cells)
-    if not blocks:
-        return ""
-    lines = ["", f"## {HEADING}", "", markdown_text(INTRODUCTION)]
-    for block in blocks:
-        lines += markdown_block(block)
-    return "\n".join([*lines, "", markdown_text(NOTE)]) + "\n"
+    return markdown_section(HEADING, INTRODUCTION, _blocks(cells), NOTE)
 
 
 def scores_by_length(cells: Iterable[Cell], key: str) -> Scores:

@@ -16,11 +16,10 @@ from rich.console import Console
 
 from modalmerge.checkpoint import atomic_file
 from modalmerge.records import Cell, append_line, read_lines
-from modalmerge.registry import find
 from modalmerge.study.display import Display
 from modalmerge.study.folders import CELLS, Context
 from modalmerge.study.jobs import model_config
-from modalmerge.study.plan import LEAVES_WEIGHTS, Job, of_piece, pieces, plan
+from modalmerge.study.plan import LEAVES_WEIGHTS, Job, of_piece, plan
 from modalmerge.study.presets import GROWING, Preset
 from modalmerge.study.reading import to_dict, what_differs
 from modalmerge.study.removal import is_removed, remove_weights
@@ -113,10 +112,8 @@ def asked_jobs(preset: Preset, only: Sequence[str] = ()) -> list[Job]:
     Raises:
         ValueError: the study has no such piece.
     """
-    jobs, ids = plan(preset), set()
-    for piece in only:
-        find(dict.fromkeys(pieces(preset)), piece, "piece of the study")
-        ids |= {job.id for job in of_piece(jobs, piece)}
+    jobs = plan(preset)
+    ids = {job.id for piece in only for job in of_piece(jobs, piece)}
     return [job for job in jobs if not only or job.id in ids]
 
 

@@ -272,11 +272,9 @@ def merge_model(job: Job, context: Context, scratch: Path) -> None:
     tried: list[tuple[float, Mapping[str, Any], ModalMergeModel]] = []
     cells: list[Cell] = []
     config = change_config(experts.config, experts=expert_map("agnostic", experts.config.num_hidden_layers))
-    fixed = {name: job.arguments[name] for name in ("use_experts",) if name in job.arguments}
-    choices = [{**settings, **fixed} for settings in candidates(row.method, preset)]
-    if "settings_of" in job.arguments:
-        choices = [{**chosen_settings(context, f"{job.random_seed}-{job.arguments['settings_of']}"), **fixed}]
-    for settings in choices:
+    fixed = {"use_experts": job.arguments["use_experts"]} if "use_experts" in job.arguments else {}
+    for choice in candidates(row.method, preset):
+        settings = {**choice, **fixed}
         if procedure is not None:
             statistics = procedure(experts, batches, settings=settings, base=base)
         own = {key: value for key, value in settings.items() if key not in OWN_SETTINGS.get(row.method, ())}
@@ -284,9 +282,6 @@ def merge_model(job: Job, context: Context, scratch: Path) -> None:
             tensors, layout=layout, method=row.method, settings={**own, **drawn}, base=base, statistics=statistics
         )
         model = model_from(merged, config)
-        if "settings_of" in job.arguments:  # made for tasks with a head: without one there is nothing to measure
-            leave(context, job, scratch, model=model, steps=steps, cells=[])
-            return
         results = measure(model, "retrieval", validation, context)
         tried.append((results[0].value, settings, model))
         cells += cells_of(
@@ -298,6 +293,14 @@ def merge_model(job: Job, context: Context, scratch: Path) -> None:
     if name.startswith(SET) and row.method == "interpolation":
         cells += _zero_shot(experts, f"{name}{UNMERGED}", job, context, steps, {})
     leave(context, job, scratch, model=model, steps=steps, cells=cells)
+
+
+def merge_as_chosen(job: Job, context: Context, scratch: Path) -> None:
+    """Interpolate other experts with the ratio that a merge chose, for tasks with a head: nothing is measured yet."""
+    experts, steps = load_result(context, f"{job.random_seed}-{job.arguments['source']}")
+    settings = chosen_settings(context, f"{job.random_seed}-{job.arguments['settings_of']}")
+    model = _merge_as(experts, {**settings, "use_experts": job.arguments["use_experts"]})
+    leave(context, job, scratch, model=model, steps=steps, cells=[])
 
 
 def _distances(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor] | None) -> dict[str, Any]:
@@ -411,6 +414,7 @@ KINDS: dict[str, Callable[[Job, Context, Path], None]] = {
     "untrained": untrained_model,
     "statistics": leave_statistics,
     "merge": merge_model,
+    "merge_as": merge_as_chosen,
     "keep": keep_some,
     "heal": heal_model,
     "continue": continue_model,

@@ -5,7 +5,7 @@ A model job trains or merges one model and measures it zero-shot. A fine-tuning 
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ STARTS = {"experts": "seed", "specific": "untrained"}  # experts -> the weights 
 # What a control cannot see.
 HIDDEN = {"text-only": "vision", "image-only": "text"}
 # Kinds of jobs whose folders hold weights, or statistics of them, that other jobs read.
-LEAVES_WEIGHTS = frozenset({"images", "pretrain", "untrained", "statistics", "merge", "heal", "continue"})
+LEAVES_WEIGHTS = frozenset({"images", "pretrain", "untrained", "statistics", "merge", "merge_as", "heal", "continue"})
 # Tasks that can be tried with one side hidden. With none there is nothing to tell pairs by (zero-shot retrieval shows
 # that), and segmentation and classification have one side only.
 TOLD_BY_ONE_SIDE = ("vqa", "nlvr2")
@@ -150,9 +150,9 @@ def plan(preset: Preset) -> list[Job]:
     return jobs
 
 
-def pieces(preset: Preset) -> list[str]:
+def pieces(jobs: Sequence[Job]) -> list[str]:
     """Name the parts of a study that can be run by themselves: a random seed with an initialisation, `3/images`."""
-    return list(dict.fromkeys(job.piece for job in plan(preset) if job.kind != "data"))
+    return list(dict.fromkeys(job.piece for job in jobs if job.kind != "data"))  # of no piece: all share it
 
 
 def of_piece(jobs: Sequence[Job], piece: str) -> list[Job]:
@@ -161,10 +161,14 @@ def of_piece(jobs: Sequence[Job], piece: str) -> list[Job]:
     Raises:
         ValueError: no job is of that piece.
     """
-    known = {job.piece: None for job in jobs if job.kind != "data"}  # of no random seed: pieces share it
-    find(known, piece, "piece of the study")
-    wanted = {job.id for job in jobs if job.piece == piece and job.kind != "data"}
-    for job in reversed(jobs):
+    find(dict.fromkeys(pieces(jobs)), piece, "piece of the study")
+    return with_needs(jobs, (job.id for job in jobs if job.piece == piece and job.kind != "data"))
+
+
+def with_needs(jobs: Sequence[Job], ids: Iterable[str]) -> list[Job]:
+    """Take jobs by their ids with all that they need, in the order of the plan."""
+    wanted = set(ids)
+    for job in reversed(jobs):  # whatever needs a job comes after it
         if job.id in wanted:
             wanted |= set(job.needs)
     return [job for job in jobs if job.id in wanted]
@@ -253,9 +257,9 @@ def _variants(made: _Repetition) -> None:
         made.merge("recipe-ancestor", EXPERTS, "untrained", base="untrained")
     if "used" in made.preset.variants:
         made.merge("recipe-used", EXPERTS, use_experts=list(USED_APART))
-        made.merge(
-            "recipe-used-joint", EXPERTS, "recipe-used", use_experts=list(USED_JOINTLY), settings_of="recipe-used"
-        )
+        name, of = "recipe-used-joint", "recipe-used"
+        about: dict[str, Any] = {"source": EXPERTS, "settings_of": of, "use_experts": list(USED_JOINTLY)}
+        made.add(name, "merge_as", EXPERTS, of, weight=0.02 * made.total, model=name, **about)
 
 
 def _repair(made: _Repetition, repair: str) -> None:
